@@ -1,0 +1,53 @@
+"""Continuous-time score-based generative models: SDEs, samplers and exact likelihoods.
+
+    from scoresde import GaussianMixture, VPSDE, sample, log_prob
+
+    model = GaussianMixture.isotropic([[-1.0, 0.0], [1.0, 0.0]], std=0.2).diffuse(VPSDE())
+    x = sample(model, (1000, 2), method="ode", seed=0)
+    nats = log_prob(model, x).value
+"""
+
+from scoresde._version import __version__
+from scoresde.checks import NonFiniteError
+from scoresde.likelihood import (
+    BitsPerDim,
+    Divergence,
+    Exact,
+    Hutchinson,
+    LogProb,
+    bits_per_dim,
+    log_prob,
+)
+from scoresde.losses import denoising_loss
+from scoresde.mixture import DiffusedMixture, GaussianMixture
+from scoresde.model import ScoreModel, ScoreNet
+from scoresde.sample import METHODS, decode, encode, sample
+from scoresde.sde import SDE, EDMSDE, CosineSDE, RectifiedFlow, SubVPSDE, VESDE, VPSDE
+
+__all__ = [
+    "EDMSDE",
+    "METHODS",
+    "SDE",
+    "VESDE",
+    "VPSDE",
+    "BitsPerDim",
+    "CosineSDE",
+    "DiffusedMixture",
+    "Divergence",
+    "Exact",
+    "GaussianMixture",
+    "Hutchinson",
+    "LogProb",
+    "NonFiniteError",
+    "RectifiedFlow",
+    "ScoreModel",
+    "ScoreNet",
+    "SubVPSDE",
+    "__version__",
+    "bits_per_dim",
+    "decode",
+    "denoising_loss",
+    "encode",
+    "log_prob",
+    "sample",
+]

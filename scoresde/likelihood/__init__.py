@@ -1,0 +1,18 @@
+"""Exact likelihood: traces, log densities, bits/dim."""
+
+from scoresde.likelihood.bits import BitsPerDim, bits_per_dim, dequantize, quantize
+from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
+from scoresde.likelihood.log_prob import LogProb, default_divergence, log_prob
+
+__all__ = [
+    "BitsPerDim",
+    "Divergence",
+    "Exact",
+    "Hutchinson",
+    "LogProb",
+    "bits_per_dim",
+    "default_divergence",
+    "dequantize",
+    "log_prob",
+    "quantize",
+]

@@ -1,0 +1,202 @@
+r"""The contract between a network and everything else: the denoiser $D(x, t) = E[x_0 \mid x_t = x]$.
+
+Layer 2. With $x_t = \alpha x_0 + \sigma\epsilon$ the other predictions are read off the denoiser, dividing by sigma only:
+
+$$\hat\epsilon = (x - \alpha D)/\sigma, \qquad s = -\hat\epsilon/\sigma, \qquad v = \dot\alpha D + \dot\sigma\hat\epsilon .$$
+
+`s` is the score $\nabla_x \log p_t(x)$ (Tweedie's formula) and `v` the velocity dx/dt of the probability-flow ODE
+(Song et al. 2021, equation 13; for rectified flow it is the velocity that is usually regressed).
+
+A `ScoreNet` turns a plain network F into such a model by coefficients of its parameterization,
+$D = a\,x + b\,F(c_{in} x, c_{noise})$, as Karras et al. 2022 (equation 7) do for theirs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import checks
+from scoresde.sde import SDE, expand
+
+PARAMETERIZATIONS = ("noise", "score", "denoise", "velocity", "edm")
+
+
+class ScoreModel(nn.Module, ABC):
+    """A denoiser over a forward process.
+
+    Attributes: `sde`; `sigma_data`, the rough standard deviation of the data (a scale for solvers, 1 by default);
+    `event_shape`, the shape of one example, where known; `levels` and `value_range`, how integer data were scaled,
+    where known: level k stands at value_range[0] + (k + u)(value_range[1] - value_range[0]) / levels, 0 <= u < 1.
+    """
+
+    sde: SDE
+    sigma_data: float = 1.0
+    event_shape: tuple[int, ...] | None = None
+    levels: int | None = None
+    value_range: tuple[float, float] = (-1.0, 1.0)
+
+    @abstractmethod
+    def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        """E[x_0 | x_t = x] for x (B, *) and t () or (B,); same shape and dtype as x."""
+
+    def noise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        """E[eps | x_t = x], (x - alpha D) / sigma."""
+        return self.predict(x, t, cond)[1]
+
+    def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
+        """The pair (denoise, noise) from one evaluation."""
+        t = self.time_of(t, x)
+        denoised = self.denoise(x, t, cond)
+        return denoised, (x - expand(self.sde.alpha(t), x) * denoised) / expand(self.sde.sigma(t), x)
+
+    def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        """grad log p_t(x) = -noise / sigma."""
+        t = self.time_of(t, x)
+        return -self.noise(x, t, cond) / expand(self.sde.sigma(t), x)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        """dx/dt of the probability-flow ODE, f x - g^2 score / 2."""
+        t = self.time_of(t, x)
+        alpha, sigma, alpha_dot, sigma_dot = (expand(c, x) for c in _path(self.sde, t))
+        rate = sigma_dot / sigma
+        return rate * x + (alpha_dot - alpha * rate) * self.denoise(x, t, cond)
+
+    def time_of(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """t as a float64 tensor on x's device, after checking x and t. Schedule coefficients are always float64."""
+        checks.batch(x)
+        checks.time_like(t, x.shape[0])
+        return torch.as_tensor(t, dtype=torch.float64, device=x.device)
+
+    def check_event(self, shape: tuple[int, ...]) -> None:
+        """`ValueError` unless `shape` (of one example) is what the model was made for, where it says so."""
+        if self.event_shape is not None and tuple(shape) != tuple(self.event_shape):
+            raise ValueError(
+                f"the model was made for examples of shape {tuple(self.event_shape)}, got {tuple(shape)}; "
+                "the first axis of x (and of shape=) is the batch."
+            )
+
+
+def _path(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return sde.alpha(t), sde.sigma(t), sde.alpha_dot(t), sde.sigma_dot(t)
+
+
+def call_network(net: nn.Module, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+    """net(x, label) or net(x, label, cond) in the network's own dtype, the result back in x's dtype.
+
+    The noise label (B,) stays float32 at least: bfloat16 would round 999.5 to 1000.
+    """
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), x.dtype)
+    label = label.to(torch.float64 if dtype == torch.float64 else torch.float32).expand(x.shape[0])
+    inputs = (x.to(dtype), label) if cond is None else (x.to(dtype), label, cond)
+    out = net(*inputs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the network must return a tensor, got {type(out).__name__}.")
+    return out.to(x.dtype)
+
+
+class ScoreNet(ScoreModel):
+    """A network `net(x, label)` or `net(x, label, cond)` under one of five parameterizations.
+
+    | parameterization | the network predicts | it is given |
+    |---|---|---|
+    | noise | E[eps given x_t] | x, t |
+    | score | the score | x, t |
+    | denoise | E[x_0 given x_t] | x, t |
+    | velocity | dx/dt of the probability flow, d alpha/dt x_0 + d sigma/dt eps | x, t |
+    | edm | the unit-variance target of Karras et al. 2022, table 1 | x / sqrt(sigma^2 + alpha^2 sigma_data^2), ln(sigma/alpha)/4 |
+
+    With x (B, *) the label has shape (B,). `denoise` of the noise and score parameterizations divides by alpha, so it
+    is undefined where alpha = 0 (rectified flow at t = 1). Raises `ValueError` for an unknown parameterization, or
+    when the network returns another shape than x's.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        sde: SDE,
+        parameterization: str = "noise",
+        *,
+        sigma_data: float = 1.0,
+        event_shape: tuple[int, ...] | None = None,
+        levels: int | None = None,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+    ):
+        super().__init__()
+        self.net = net
+        self.sde = sde
+        self.parameterization = checks.choice(parameterization, PARAMETERIZATIONS, "parameterization")
+        self.sigma_data = checks.positive(sigma_data, "sigma_data")
+        self.event_shape = None if event_shape is None else tuple(event_shape)
+        self.levels = levels
+        self.value_range = (float(value_range[0]), float(value_range[1]))
+
+    def _output(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        if self.parameterization == "edm":
+            alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+            scale = torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+            out = call_network(self.net, expand(scale, x) * x, -self.sde.log_snr(t) / 8, cond)
+        else:
+            out = call_network(self.net, x, t, cond)
+        return checks.same_shape(out, x.shape, "the network")
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """(a, b, c, e) with D = a x + b F and eps = c x + e F for the network's output F; None stands for 0.
+
+        Both rows come from x = alpha D + sigma eps and what F means, solved so that neither loses digits where
+        sigma or alpha is small.
+        """
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        kind = self.parameterization
+        if kind == "noise":
+            return 1 / alpha, -sigma / alpha, None, torch.ones_like(t)
+        if kind == "score":
+            return 1 / alpha, sigma**2 / alpha, None, -sigma
+        if kind == "denoise":
+            return None, torch.ones_like(t), 1 / sigma, -alpha / sigma
+        if kind == "velocity":
+            alpha_dot, sigma_dot = self.sde.alpha_dot(t), self.sde.sigma_dot(t)
+            det = sigma * alpha_dot - alpha * sigma_dot
+            return -sigma_dot / det, sigma / det, alpha_dot / det, -alpha / det
+        variance = sigma**2 + (alpha * self.sigma_data) ** 2  # edm
+        root = self.sigma_data * torch.rsqrt(variance)
+        return alpha * self.sigma_data**2 / variance, sigma * root, sigma / variance, -alpha * root
+
+    def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        t = self.time_of(t, x)
+        a, b, _, _ = self._coefficients(t)
+        return _combine(a, x, b, self._output(x, t, cond))
+
+    def noise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        t = self.time_of(t, x)
+        _, _, c, e = self._coefficients(t)
+        return _combine(c, x, e, self._output(x, t, cond))
+
+    def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
+        t = self.time_of(t, x)
+        a, b, c, e = self._coefficients(t)
+        out = self._output(x, t, cond)
+        return _combine(a, x, b, out), _combine(c, x, e, out)
+
+    def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        if self.parameterization == "score":
+            return self._output(x, self.time_of(t, x), cond)
+        return super().score(x, t, cond)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        t = self.time_of(t, x)
+        if self.parameterization == "velocity":
+            return self._output(x, t, cond)
+        if self.parameterization in ("noise", "score"):
+            # alpha'/alpha x + (sigma' - sigma alpha'/alpha) eps: the form that never divides by sigma
+            alpha, sigma, alpha_dot, sigma_dot = _path(self.sde, t)
+            rate = alpha_dot / alpha
+            return expand(rate, x) * x + expand(sigma_dot - sigma * rate, x) * self.noise(x, t, cond)
+        return super().velocity(x, t, cond)
+
+
+def _combine(a: Tensor | None, x: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return expand(b, x) * out if a is None else expand(a, x) * x + expand(b, x) * out

@@ -1,0 +1,35 @@
+"""Evaluation mode around a computation. Layer 0."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No gradients, dropout and the like off; every submodule's own mode is restored afterwards."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a module with neither."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """float64 for a network in float64, else float32: what solvers keep their state in."""
+    first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return torch.float64 if first == torch.float64 else torch.float32

@@ -1,0 +1,6 @@
+"""A small adaptive Runge-Kutta engine on batches of independent problems."""
+
+from scoresde.ode.solve import MAX_NFE, NOT_FINITE, OK, STATUS_TEXT, STEP_TOO_SMALL, Solution, solve
+from scoresde.ode.tableaux import TABLEAUX, Tableau
+
+__all__ = ["MAX_NFE", "NOT_FINITE", "OK", "STATUS_TEXT", "STEP_TOO_SMALL", "TABLEAUX", "Solution", "Tableau", "solve"]

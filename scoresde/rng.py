@@ -1,0 +1,85 @@
+"""Random numbers from explicit seeds; the global random state is neither read nor changed.
+
+Layer 0. `seed` is, everywhere in the package, one of
+
+* `None`: fresh entropy from the operating system,
+* an `int`: one generator for the whole batch,
+* a `torch.Generator`: used as it is, and advanced,
+* a sequence of ints, one per sample: row i then depends on `seed[i]` alone, whatever batch, chunk or process draws it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Seed: TypeAlias = "int | torch.Generator | Sequence[int] | None"
+
+
+def derive(*numbers: int) -> int:
+    """A 63-bit seed that depends on every one of `numbers`, well mixed (NumPy's SeedSequence)."""
+    words = np.random.SeedSequence([int(n) & (2**64 - 1) for n in numbers]).generate_state(2, np.uint32)
+    return (int(words[0]) << 31) ^ int(words[1])
+
+
+def spawn(seed: int, n: int, start: int = 0) -> list[int]:
+    """Seeds of samples start, ..., start + n - 1 of the stream `seed`: give them to `sample` in chunks of any size."""
+    return [derive(seed, i) for i in range(start, start + n)]
+
+
+class RandomSource:
+    """Standard normal and uniform numbers on one device for a batch of known size.
+
+    Arguments: `seed` as in the module's docstring; `device`; `batch_size`, needed for one seed per sample.
+    Raises `TypeError` for another kind of seed, `ValueError` for a list of the wrong length or a generator
+    of another device.
+    """
+
+    def __init__(self, seed: Seed, device: torch.device | str, batch_size: int):
+        self.device = torch.device(device)
+        self.rows: list[torch.Generator] | None = None
+        if isinstance(seed, torch.Generator):
+            if seed.device.type != self.device.type:
+                raise ValueError(
+                    f"the generator lives on {seed.device}, the samples on {self.device}; "
+                    f"make it with torch.Generator(device={str(self.device)!r})."
+                )
+            self.generator = seed
+        elif seed is None or (isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)):
+            number = int.from_bytes(os.urandom(7), "little") if seed is None else int(seed)
+            self.generator = self._make(number)
+        elif isinstance(seed, (Sequence, np.ndarray, Tensor)) and not isinstance(seed, (str, bytes)):
+            seeds = [int(s) for s in seed]
+            if len(seeds) != batch_size:
+                raise ValueError(
+                    f"got {len(seeds)} seeds for a batch of {batch_size}; pass one int, or exactly one seed per sample."
+                )
+            self.rows = [self._make(s) for s in seeds]
+        else:
+            raise TypeError(f"seed must be None, an int, a torch.Generator or one int per sample, got {seed!r}.")
+
+    def _make(self, number: int) -> torch.Generator:
+        return torch.Generator(device=self.device).manual_seed(number & (2**64 - 1))
+
+    def _draw(self, function, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        kind = dict(dtype=dtype, device=self.device)
+        if self.rows is None:
+            return function(tuple(shape), generator=self.generator, **kind)
+        if shape[0] != len(self.rows):
+            raise ValueError(f"asked for {shape[0]} rows from {len(self.rows)} seeds.")
+        if not self.rows:
+            return torch.empty(tuple(shape), **kind)
+        return torch.stack([function(tuple(shape[1:]), generator=g, **kind) for g in self.rows])
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Independent N(0, 1) numbers of the given shape (B, *)."""
+        return self._draw(torch.randn, shape, dtype)
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Independent uniform numbers in [0, 1) of the given shape (B, *)."""
+        return self._draw(torch.rand, shape, dtype)

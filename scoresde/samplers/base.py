@@ -1,0 +1,208 @@
+r"""What a sampler is, and the one loop that runs them all.
+
+Layer 3. A sampler takes x at time t to x at an earlier time s < t. Most of the literature's first-order samplers are
+affine in the state, the denoiser and fresh noise,
+
+$$x_s = A\,x_t + B\,D(x_t, t) + C\,z, \qquad z \sim N(0, I),$$
+
+with three numbers per step that follow from alpha and sigma, so a method is a formula for (A, B, C). They are
+computed once per solve, in float64, for the whole grid.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import checks
+from scoresde.grids import Grid, given, uniform_time
+from scoresde.model import ScoreModel
+from scoresde.rng import RandomSource
+from scoresde.sde import SDE
+
+Coefficients = tuple[float, ...]
+
+
+@dataclass
+class State:
+    """What a sampler carries from step to step: the coefficients of the whole grid, and `memory` for multistep methods."""
+
+    table: dict[tuple[float, float], Coefficients] = field(default_factory=dict)
+    memory: Any = None
+
+
+class Sampler(ABC):
+    """Takes x from time t to an earlier time s.
+
+    Attributes: `default_steps`; `grid`, the time grid used unless another is given; `denoise_final`, whether the loop
+    ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
+    `nfe_per_step`, evaluations of the network per step.
+    """
+
+    default_steps: int = 100
+    nfe_per_step: int = 1
+    grid: Grid = staticmethod(uniform_time)
+    denoise_final: bool = True
+
+    def start(self, sde: SDE, times: Tensor) -> State:
+        """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""
+        t, s = times[:-1], times[1:]
+        columns = [c.tolist() for c in self.coefficients(sde, t, s)]
+        keys = zip(t.tolist(), s.tolist(), strict=True)
+        rows = zip(*columns, strict=True) if columns else ((),) * t.numel()
+        return State(dict(zip(keys, rows, strict=True)))
+
+    def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """The numbers that a step from t to s needs, for vectors t and s (N,) in float64."""
+        return ()
+
+    def lookup(self, model: ScoreModel, state: State, t: float, s: float) -> Coefficients:
+        """The coefficients of one step, from the table or, outside a prepared grid, computed for it."""
+        found = state.table.get((t, s))
+        if found is None:
+            pair = self.coefficients(model.sde, *(torch.tensor([v], dtype=torch.float64) for v in (t, s)))
+            found = state.table[t, s] = tuple(float(c) for c in pair)
+        return found
+
+    @abstractmethod
+    def step(
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: float,
+        s: float,
+        state: State,
+        noise: RandomSource,
+        cond: Any = None,
+    ) -> Tensor:
+        """x (B, *) at time t -> x at time s < t. Random numbers come from `noise` alone."""
+
+
+class LinearSampler(Sampler):
+    """x_s = A x + B D(x, t) + C z. A subclass gives `coefficients`, the formula for (A, B, C)."""
+
+    def step(
+        self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
+    ) -> Tensor:
+        a, b, c = self.lookup(model, state, t, s)
+        x = torch.add(a * x, model.denoise(x, t, cond), alpha=b)
+        return x.add_(noise.normal(x.shape, x.dtype), alpha=c) if c else x
+
+
+def transition(sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact forward transition from s to t > s: x_t = a x_s + sqrt(v) z; returns (a, v)."""
+    a = sde.alpha(t) / sde.alpha(s)
+    return a, (sde.sigma(t) ** 2 - (a * sde.sigma(s)) ** 2).clamp_min(0)
+
+
+@dataclass
+class Trajectory:
+    """States along a solve: `times` (N + 1,) and `states`, one (B, *) tensor per time, the first at t_max."""
+
+    times: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, t: float, x: Tensor) -> None:
+        self.times.append(t)
+        self.states.append(x.clone())
+
+
+def time_grid(sampler: Sampler, sde: SDE, steps: int | None, grid: Grid | Tensor | None = None) -> Tensor:
+    """The decreasing float64 times of a solve. Raises `ValueError` for steps < 1 or a grid that does not decrease."""
+    steps = sampler.default_steps if steps is None else checks.positive_int(steps, "steps")
+    grid = grid if grid is not None else sampler.grid
+    if isinstance(grid, (Tensor, list, tuple)):
+        steps, grid = len(grid) - 1, given(grid)
+    times = grid(sde, steps)
+    if not bool((times[1:] < times[:-1]).all()):
+        raise ValueError(
+            f"the time grid of {steps} steps does not decrease strictly (two times coincide in float64); use fewer steps."
+        )
+    return times
+
+
+def run(
+    sampler: Sampler,
+    model: ScoreModel,
+    x: Tensor,
+    times: Tensor,
+    noise: RandomSource,
+    *,
+    cond: Any = None,
+    progress: bool = False,
+    trajectory: Callable[[float, Tensor], None] | None = None,
+    denoise_final: bool | None = None,
+) -> Tensor:
+    """The loop of every sampler: x (B, *) from times[0] to times[-1], then the final denoiser.
+
+    Raises `NonFiniteError` naming step, t and samples if NaN or infinity appear; on a GPU this is read once, after
+    the loop, so that no step waits for the host.
+    """
+    steps = times.numel() - 1
+    state = sampler.start(model.sde, times)
+    points = times.tolist()
+    watch = _Watch(x.device)
+    final = sampler.denoise_final if denoise_final is None else denoise_final
+    if trajectory is not None:
+        trajectory(points[0], x)
+    bar = _bar(steps + final, progress)
+    for i in range(steps):
+        x = sampler.step(model, x, points[i], points[i + 1], state, noise, cond)
+        watch.look(x, i, points[i])
+        if trajectory is not None:
+            trajectory(points[i + 1], x)
+        bar.update()
+    if final:
+        x = model.denoise(x, points[-1], cond)
+        watch.look(x, steps, points[-1])
+        if trajectory is not None:
+            trajectory(points[-1], x)
+        bar.update()
+    bar.close()
+    watch.finish(x)
+    return x
+
+
+def _bar(total: int, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not show)
+
+
+class _Watch:
+    """Notices NaN and infinity: at once on a CPU, after the loop on a device that runs ahead of the host."""
+
+    def __init__(self, device: torch.device):
+        self.wait = device.type != "cpu"
+        self.seen: list[tuple[int, float]] = []
+        self.sums: list[Tensor] = []
+
+    def look(self, x: Tensor, step: int, t: float) -> None:
+        total = x.sum()  # finite if every entry is; a NaN or infinity stays in its row until the end
+        if self.wait:
+            self.seen.append((step, t))
+            self.sums.append(total)
+        elif not math.isfinite(total.item()):
+            self._fail(x, step, t)
+
+    def finish(self, x: Tensor) -> None:
+        if self.sums:
+            bad = (~torch.isfinite(torch.stack(self.sums))).nonzero().flatten()
+            if bad.numel():
+                self._fail(x, *self.seen[int(bad[0])])
+
+    @staticmethod
+    def _fail(x: Tensor, step: int, t: float) -> None:
+        rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+        if not rows:  # finite entries whose sum overflows
+            return
+        raise checks.NonFiniteError(
+            f"NaN or infinity after step {step}, which started at t = {t:.6g}, in {len(rows)} of {x.shape[0]} samples, "
+            f"rows {checks.rows_text(rows)}. Check the network at that t; if the network is finite there, use more steps."
+        )
