@@ -1,14 +1,15 @@
 """Continuous-time score-based generative models: SDEs, samplers and exact likelihoods.
 
-    from scoresde import GaussianMixture, VPSDE, sample, log_prob
+from scoresde import GaussianMixture, VPSDE, sample, log_prob
 
-    model = GaussianMixture.isotropic([[-1.0, 0.0], [1.0, 0.0]], std=0.2).diffuse(VPSDE())
-    x = sample(model, (1000, 2), method="ode", seed=0)
-    nats = log_prob(model, x).value
+model = GaussianMixture.isotropic([[-1.0, 0.0], [1.0, 0.0]], std=0.2).diffuse(VPSDE())
+x = sample(model, (1000, 2), method="ode", seed=0)
+nats = log_prob(model, x).value
 """
 
 from scoresde._version import __version__
 from scoresde.checks import NonFiniteError
+from scoresde.interop import load
 from scoresde.likelihood import (
     BitsPerDim,
     Divergence,
@@ -16,13 +17,15 @@ from scoresde.likelihood import (
     Hutchinson,
     LogProb,
     bits_per_dim,
+    elbo,
     log_prob,
 )
 from scoresde.losses import denoising_loss
 from scoresde.mixture import DiffusedMixture, GaussianMixture
 from scoresde.model import ScoreModel, ScoreNet
+from scoresde.quantized import QuantizedScoreNet
 from scoresde.sample import METHODS, decode, encode, sample
-from scoresde.sde import SDE, EDMSDE, CosineSDE, RectifiedFlow, SubVPSDE, VESDE, VPSDE
+from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE
 
 __all__ = [
     "EDMSDE",
@@ -39,6 +42,7 @@ __all__ = [
     "Hutchinson",
     "LogProb",
     "NonFiniteError",
+    "QuantizedScoreNet",
     "RectifiedFlow",
     "ScoreModel",
     "ScoreNet",
@@ -47,7 +51,9 @@ __all__ = [
     "bits_per_dim",
     "decode",
     "denoising_loss",
+    "elbo",
     "encode",
+    "load",
     "log_prob",
     "sample",
 ]

@@ -111,7 +111,7 @@ def time_like(t: Any, batch_size: int | None = None) -> None:
         low = high = float(t)
     else:
         raise TypeError(f"t must be a number or a tensor of times, got {type(t).__name__}.")
-    if not (0.0 <= low and high <= 1.0):  # also catches NaN
+    if not (low >= 0.0 and high <= 1.0):  # also catches NaN
         raise ValueError(f"t must lie in [0, 1] (0 = data, 1 = prior), got values from {low:g} to {high:g}.")
 
 

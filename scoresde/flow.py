@@ -60,4 +60,6 @@ def take_rows(cond: Any, rows: Tensor | None) -> Any:
         return {k: take_rows(v, rows) for k, v in cond.items()}
     if isinstance(cond, (tuple, list)):
         return type(cond)(take_rows(v, rows) for v in cond)
-    raise TypeError(f"cond must be a tensor, a dict or a tuple of tensors with a batch axis first, got {type(cond).__name__}.")
+    raise TypeError(
+        f"cond must be a tensor, a dict or a tuple of tensors with a batch axis first, got {type(cond).__name__}."
+    )

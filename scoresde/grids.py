@@ -45,7 +45,9 @@ def given(times: Sequence[float] | Tensor) -> Grid:
     """A grid of exactly these times; `steps` has to agree. Raises `ValueError` unless they decrease strictly in [0, 1]."""
     t = torch.as_tensor(times, dtype=torch.float64).flatten()
     if t.numel() < 2 or not bool((t[1:] < t[:-1]).all()) or not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"a time grid must decrease strictly within [0, 1] and have at least two times, got {t.tolist()}.")
+        raise ValueError(
+            f"a time grid must decrease strictly within [0, 1] and have at least two times, got {t.tolist()}."
+        )
 
     def grid(sde: SDE, steps: int) -> Tensor:
         if steps != t.numel() - 1:

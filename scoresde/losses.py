@@ -26,7 +26,6 @@ so a weighting is a factor $w(t)$ on the noise error, and a law for t says where
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 from scoresde import checks
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource, Seed
-from scoresde.sde import SDE, expand, sum_event
+from scoresde.sde import SDE, sum_event
 
 WEIGHTINGS = ("sigma2", "likelihood", "edm", "min-snr")
 TIME_LAWS = ("uniform", "low-discrepancy", "log-normal", "importance")
@@ -94,6 +93,14 @@ def draw_times(
     return t, torch.ones_like(t)
 
 
+def mean_weight(
+    sde: SDE, weighting: str, law: str, sigma_data: float = 1.0, log_snr_range: tuple[float, float] | None = None
+) -> float:
+    """The mean factor that `denoising_loss` puts on the noise error; dividing by it makes losses comparable."""
+    t, ratio = draw_times(sde, 4096, law, RandomSource(0, "cpu", 4096), log_snr_range)
+    return float((weight(sde, t, weighting, sigma_data) * ratio).mean())
+
+
 def denoising_loss(
     model: ScoreModel,
     x0: Tensor,
@@ -117,7 +124,6 @@ def denoising_loss(
     t, ratio = draw_times(model.sde, x0.shape[0], law, source, log_snr_range)
     eps = source.normal(x0.shape, x0.dtype)
     x = model.sde.perturb(x0, t, eps)
-    # e^lambda |D - x0|^2, which is the same as |eps_hat - eps|^2 and as exact for each parameterization
     error = sum_event((model.noise(x, t, cond) - eps).square().to(torch.promote_types(x0.dtype, torch.float32)))
     factor = weight(model.sde, t, weighting, model.sigma_data) * ratio
     return factor.to(error.dtype) * error
@@ -144,12 +150,3 @@ def sliced_loss(model: ScoreModel, x: Tensor, t: Tensor | float, *, seed: Seed =
         projected = sum_event(model.score(x, t, cond) * v)
         (gradient,) = torch.autograd.grad(projected.sum(), x, create_graph=True)
     return sum_event(gradient * v) + 0.5 * projected**2
-
-
-def elbo_constant(sde: SDE, d: int) -> float:
-    """The part of the negative continuous-time ELBO that depends on no model, in nats, for data of small variance ratio.
-
-    Adding it to half the likelihood-weighted loss bounds -log p(x_0) up to the prior's mismatch at t_max:
-    E[-log N(x_0; x/alpha, s^2)] at t_min, s = sigma/alpha, which is d/2 (log(2 pi e) - log-SNR(t_min)).
-    """
-    return 0.5 * d * (math.log(2 * math.pi * math.e) - float(sde.log_snr(float(sde.t_min))))

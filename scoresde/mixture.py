@@ -51,10 +51,14 @@ class GaussianMixture:
             raise ValueError("covariances must be symmetric.")
         self.event_shape = (d,) if event_shape is None else tuple(event_shape)
         if math.prod(self.event_shape) != d:
-            raise ValueError(f"event_shape {self.event_shape} has {math.prod(self.event_shape)} entries, means have {d}.")
+            raise ValueError(
+                f"event_shape {self.event_shape} has {math.prod(self.event_shape)} entries, means have {d}."
+            )
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.covariances)  # (K, d), (K, d, d) by columns
         if bool((self.eigenvalues <= 0).any()):
-            raise ValueError(f"covariances must be positive definite, smallest eigenvalue {float(self.eigenvalues.min()):g}.")
+            raise ValueError(
+                f"covariances must be positive definite, smallest eigenvalue {float(self.eigenvalues.min()):g}."
+            )
 
     @classmethod
     def isotropic(cls, means: Any, std: float, weights: Any = None, **kwargs: Any) -> GaussianMixture:
@@ -169,9 +173,7 @@ def _components(
     """Responsibilities (B, K), Q_k^T (C_k(t))^{-1} (x - alpha mu_k) (B, K, d) and log densities (B,)."""
     if tuple(x.shape[1:]) != tuple(mixture.event_shape):
         raise ValueError(f"x must have shape (B, {', '.join(map(str, mixture.event_shape))}), got {tuple(x.shape)}.")
-    values, vectors, means = (
-        getattr(mixture, n).to(x.device) for n in ("eigenvalues", "eigenvectors", "means")
-    )
+    values, vectors, means = (getattr(mixture, n).to(x.device) for n in ("eigenvalues", "eigenvectors", "means"))
     delta = x.double().flatten(1)[:, None, :] - _rows(alpha) * means
     rotated = torch.einsum("kij,bki->bkj", vectors, delta)
     variance = _rows(alpha) ** 2 * values + _rows(sigma) ** 2

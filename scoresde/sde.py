@@ -340,7 +340,9 @@ class CosineSDE(SDE):
         if not (math.isfinite(self.log_snr_min) and math.isfinite(self.log_snr_max)):
             raise ValueError(f"log_snr_min and log_snr_max must be finite, got {self.log_snr_min}, {self.log_snr_max}.")
         if self.log_snr_min >= self.log_snr_max:
-            raise ValueError(f"log_snr_min must be smaller than log_snr_max, got {self.log_snr_min}, {self.log_snr_max}.")
+            raise ValueError(
+                f"log_snr_min must be smaller than log_snr_max, got {self.log_snr_min}, {self.log_snr_max}."
+            )
         _check_t_min(self.t_min)
 
     @property
@@ -407,6 +409,4 @@ class RectifiedFlow(SDE):
         return torch.sigmoid(-0.5 * _as_tensor(log_snr))
 
 
-SDES: dict[str, type[SDE]] = {
-    c.__name__: c for c in (VPSDE, SubVPSDE, VESDE, CosineSDE, EDMSDE, RectifiedFlow)
-}
+SDES: dict[str, type[SDE]] = {c.__name__: c for c in (VPSDE, SubVPSDE, VESDE, CosineSDE, EDMSDE, RectifiedFlow)}

@@ -2,6 +2,7 @@
 
 from scoresde.likelihood.bits import BitsPerDim, bits_per_dim, dequantize, quantize
 from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
+from scoresde.likelihood.elbo import elbo
 from scoresde.likelihood.log_prob import LogProb, default_divergence, log_prob
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "bits_per_dim",
     "default_divergence",
     "dequantize",
+    "elbo",
     "log_prob",
     "quantize",
 ]

@@ -147,7 +147,9 @@ def _levels(model: ScoreModel, levels: int | None) -> int:
         return 256 if model.levels is None else model.levels
     checks.positive_int(levels, "levels")
     if model.levels is not None and levels != model.levels:
-        raise ValueError(f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data.")
+        raise ValueError(
+            f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data."
+        )
     return levels
 
 
@@ -173,4 +175,4 @@ def _bar(data: Any, show: bool) -> Any:
     from tqdm.auto import tqdm
 
     total = data.shape[0] if hasattr(data, "shape") else None
-    return tqdm(total=total, desc="bits/dim", unit="image", leave=False, disable=not show)
+    return tqdm(total=total, desc="bits/dim", unit="image", leave=False, mininterval=0.5, disable=not show)

@@ -172,7 +172,7 @@ def run(
 def _bar(total: int, show: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not show)
+    return tqdm(total=total, desc="sampling", unit="step", leave=False, mininterval=0.5, disable=not show)
 
 
 class _Watch:

@@ -1,0 +1,26 @@
+# Two commands do all: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv
+	$(BIN)/scoresde demo --overwrite true
+
+test: .venv
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# made again whenever what is to be installed changes
+.venv: .venv/installed
+.venv/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch .venv/installed
+
+clean:
+	rm -rf .venv build dist *.egg-info

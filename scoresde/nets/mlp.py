@@ -1,0 +1,47 @@
+"""A residual perceptron for vectors. Layer 0."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scoresde.nets.blocks import NoiseEmbedding, zero_
+
+
+class MLP(nn.Module):
+    """Residual perceptron: `forward(x, label, cond=None)`, x (B, dim), label (B,) -> (B, dim).
+
+    Each of the `depth` blocks is norm, modulation by the noise embedding, two layers of `width`; the output layer
+    starts at zero. `config` holds the arguments.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        embedding: int = 64,
+        cond_dim: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.config = dict(dim=dim, width=width, depth=depth, embedding=embedding, cond_dim=cond_dim, dropout=dropout)
+        self.embed = NoiseEmbedding(embedding, cond_dim)
+        self.enter = nn.Linear(dim, width)
+        self.norm = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))
+        self.modulate = nn.ModuleList(nn.Linear(embedding, 2 * width) for _ in range(depth))
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.second = nn.ModuleList(zero_(nn.Linear(width, width)) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
+        self.leave = zero_(nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, label: Tensor, cond: Tensor | None = None) -> Tensor:
+        embedding = self.embed(label, cond)
+        h = self.enter(x)
+        for norm, modulate, first, second in zip(self.norm, self.modulate, self.first, self.second, strict=True):
+            scale, shift = modulate(embedding).chunk(2, 1)
+            inner = torch.addcmul(shift, norm(h), 1 + scale)
+            h = h + second(self.dropout(F.silu(first(F.silu(inner)))))
+        return self.leave(F.silu(h))

@@ -1,0 +1,191 @@
+"""Models on disk: safetensors for the numbers, JSON for the rest, both in one atomic file.
+
+Layer 3. A model is a folder with `model.safetensors`, whose header carries the configuration, and `config.json`, the same
+configuration for people. Files are written beside their place and renamed into it, so a crash leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde._version import __version__
+from scoresde.model import ScoreModel, ScoreNet
+from scoresde.nets import NETS
+from scoresde.quantized import QuantizedScoreNet
+from scoresde.sde import SDES
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_HEADER = "scoresde"
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file in the same folder, flush it to disk, and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(Path(name))
+        with open(name, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, indented JSON."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomic(path, lambda p: p.write_text(text))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | None = None) -> None:
+    """Atomic safetensors file; `header` goes into its metadata as JSON."""
+    from safetensors.torch import save_file
+
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    meta = {} if header is None else {_HEADER: json.dumps(header)}
+    write_atomic(path, lambda p: save_file(plain, str(p), metadata=meta))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and header of a safetensors file. Raises `ValueError` naming the file if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            meta = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+        header = json.loads(meta[_HEADER]) if _HEADER in meta else None
+    except (SafetensorError, ValueError, OSError) as e:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({e}); it is truncated or damaged. Copy it again, or fall back "
+            "to an earlier checkpoint."
+        ) from e
+    return tensors, header
+
+
+def describe(model: ScoreModel) -> dict[str, Any]:
+    """The configuration that `build` turns into the same model, without its weights."""
+    if not isinstance(model, (ScoreNet, QuantizedScoreNet)):
+        raise TypeError(f"only ScoreNet and QuantizedScoreNet can be saved, got {type(model).__name__}.")
+    net, sde = type(model.net).__name__, type(model.sde).__name__
+    if NETS.get(net) is not type(model.net) or SDES.get(sde) is not type(model.sde):
+        raise TypeError(
+            f"only the package's own networks ({', '.join(NETS)}) and SDEs ({', '.join(SDES)}) can be rebuilt from a "
+            f"file, got {net} and {sde}; save your own with torch.save(model.state_dict())."
+        )
+    options: dict[str, Any] = dict(
+        sigma_data=model.sigma_data, event_shape=model.event_shape, levels=model.levels, value_range=model.value_range
+    )
+    if isinstance(model, ScoreNet):
+        options["parameterization"] = model.parameterization
+    else:
+        options["label_range"] = model.label_range
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "model": {"name": type(model).__name__, "options": options},
+        "net": {"name": net, "options": model.net.config},
+        "sde": {"name": sde, "options": dataclasses.asdict(model.sde)},
+    }
+
+
+def build(config: dict[str, Any], source: str = "the configuration") -> ScoreModel:
+    """A fresh model from `describe`'s answer. Raises `ValueError` where it is foreign, newer, or does not fit."""
+    try:
+        if config["format"] > FORMAT:
+            raise ValueError(
+                f"{source} was written by scoresde {config['version']} (format {config['format']}); this is "
+                f"{__version__} (format {FORMAT}). Upgrade scoresde to read it."
+            )
+        net = NETS[config["net"]["name"]](**config["net"]["options"])
+        sde = SDES[config["sde"]["name"]](**config["sde"]["options"])
+        kind = {"ScoreNet": ScoreNet, "QuantizedScoreNet": QuantizedScoreNet}[config["model"]["name"]]
+        return kind(net, sde, **config["model"]["options"])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{source} does not describe a scoresde model: {type(e).__name__}: {e}.") from e
+
+
+def save_model(model: ScoreModel, folder: str | os.PathLike[str]) -> Path:
+    """Write `model.safetensors` and `config.json` into `folder`; returns the folder."""
+    folder = Path(folder)
+    config = describe(model)
+    write_tensors(folder / MODEL_FILE, model.state_dict(), config)
+    write_json(folder / CONFIG_FILE, config)
+    return folder
+
+
+def load_model(path: str | os.PathLike[str]) -> ScoreModel:
+    """A model from its folder, a training run's folder, or its safetensors file; on the CPU, in evaluation mode.
+
+    In a run's folder the finished model is taken, or else the newest readable checkpoint. Nothing is unpickled. Raises
+    `FileNotFoundError` where there is no model, `ValueError` for a damaged or foreign file or weights that do not fit.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}; give a model's folder or its {MODEL_FILE}.")
+    if path.is_file():
+        return _read_model(path)
+    for candidate in (path / MODEL_FILE, path / "model" / MODEL_FILE):
+        if candidate.is_file():
+            return _read_model(candidate)
+    problems = []
+    for candidate in sorted((path / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            return _read_model(candidate / MODEL_FILE)
+        except (ValueError, FileNotFoundError) as e:
+            problems.append(str(e))
+    raise FileNotFoundError(
+        f"{path} holds no scoresde model (looked for {MODEL_FILE}, model/{MODEL_FILE} and checkpoints/step-*)."
+        + "".join(f" {p}" for p in problems)
+    )
+
+
+def _read_model(path: Path) -> ScoreModel:
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is no safetensors file. Models of scoresde are folders with {MODEL_FILE}; pickled checkpoints are "
+            "not opened here, since a pickle can run code."
+        )
+    tensors, config = read_tensors(path)
+    if config is None:
+        raise ValueError(f"{path} carries no scoresde configuration in its header; it was written by another program.")
+    model = build(config, str(path))
+    load_weights(model, tensors, str(path))
+    return model.eval()
+
+
+def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy `tensors` into the module; `ValueError` with a strict report of missing, extra and misshapen entries."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{k}: file {tuple(tensors[k].shape)}, model {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & tensors.keys())
+        if own[k].shape != tensors[k].shape
+    ]
+    if missing or extra or shapes:
+        parts = [
+            f"{name}: {', '.join(items[:6])}{', ...' if len(items) > 6 else ''}"
+            for name, items in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
+            if items
+        ]
+        raise ValueError(f"the weights in {source} do not fit the model they describe; {'; '.join(parts)}.")
+    module.load_state_dict(tensors)

@@ -1,0 +1,6 @@
+"""Training on one device or many."""
+
+from scoresde.train.loop import Result, TrainingStopped, build_model, load_splits, train
+from scoresde.train.options import PRESETS, TrainOptions
+
+__all__ = ["PRESETS", "Result", "TrainOptions", "TrainingStopped", "build_model", "load_splits", "train"]

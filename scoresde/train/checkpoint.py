@@ -1,0 +1,126 @@
+"""Training checkpoints: folders that appear whole or not at all. Layer 4.
+
+`checkpoints/step-00001000/` holds `model.safetensors` and `config.json` (the averaged model, ready for `load`),
+`training.safetensors` (raw parameters, optimizer moments) and `training.json` (options, step, history). The folder is
+written under another name and renamed once complete. No random state is stored: every step derives its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.model import ScoreModel
+from scoresde.store import load_weights, read_tensors, save_model, write_json, write_tensors
+
+KEEP = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands: steps done, wall and CPU seconds of its steps, and the curves."""
+
+    step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def folders(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def check_writable(run: Path) -> None:
+    """Fail before any work is done where the run's folder cannot be written. Raises `PermissionError` naming it."""
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = run / "checkpoints" / f".probe-{os.getpid()}.tmp"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as e:
+        raise PermissionError(f"cannot write to {run} ({e.strerror or e}); choose another folder with --out.") from e
+
+
+def save(
+    run: Path,
+    model: ScoreModel,
+    average: ScoreModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    options: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of `progress.step` and drop all but the newest `KEEP`."""
+    target = run / "checkpoints" / f"step-{progress.step:08d}"
+    if target.exists():
+        return target
+    draft = target.with_name(target.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    save_model(average, draft)
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {
+        f"optimizer.{i}.{k}": torch.as_tensor(v)
+        for i, moments in optimizer.state_dict()["state"].items()
+        for k, v in moments.items()
+    }
+    write_tensors(draft / "training.safetensors", tensors)
+    write_json(
+        draft / "training.json",
+        {
+            "options": options,
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "cpu_seconds": progress.cpu_seconds,
+            "history": progress.history,
+        },
+    )
+    os.replace(draft, target)
+    for old in folders(run)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+@dataclass
+class Saved:
+    """A checkpoint that was read whole, before anything is overwritten with it."""
+
+    folder: Path
+    progress: Progress
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+    average: dict[str, Tensor]
+
+    def restore(self, model: ScoreModel, average: ScoreModel, optimizer: torch.optim.Optimizer) -> None:
+        """Copy parameters, averages and moments in."""
+        source = str(self.folder)
+        weights = {k[len("model.") :]: v for k, v in self.tensors.items() if k.startswith("model.")}
+        load_weights(model, weights, source)
+        load_weights(average, self.average, source)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in self.tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_latest(run: Path) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that can be read, and a message for each newer one that could not."""
+    problems: list[str] = []
+    for folder in folders(run):
+        try:
+            tensors, _ = read_tensors(folder / "training.safetensors")
+            average, _ = read_tensors(folder / "model.safetensors")
+            meta = json.loads((folder / "training.json").read_text())
+            options = meta.pop("options")
+            return Saved(folder, Progress(**meta), options, tensors, average), problems
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            problems.append(f"skipped {folder}: {e}")
+    return None, problems
