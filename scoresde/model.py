@@ -69,7 +69,9 @@ class ScoreModel(nn.Module, ABC):
         """t as a float64 tensor on x's device, after checking x and t. Schedule coefficients are always float64."""
         checks.batch(x)
         checks.time_like(t, x.shape[0])
-        return torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        if isinstance(t, Tensor):
+            return t.to(device=x.device, dtype=torch.float64)
+        return torch.full((), t, dtype=torch.float64, device=x.device)  # a fill: a copy would stall a GPU
 
     def check_event(self, shape: tuple[int, ...]) -> None:
         """`ValueError` unless `shape` (of one example) is what the model was made for, where it says so."""
