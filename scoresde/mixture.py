@@ -121,6 +121,10 @@ class DiffusedMixture(ScoreModel):
         t = self.time_of(t, x)
         return _log_prob(self, x, self.sde.alpha(t), self.sde.sigma(t))
 
+    def terminal_log_prob(self, x: Tensor) -> Tensor:
+        """log p_1(x), exact: unlike the SDE's prior it knows the trace of the data that is left at t = 1."""
+        return self.log_prob(x, 1.0)
+
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         t = self._time(x, t, cond)
         return self._mean(x, self.sde.alpha(t), self.sde.sigma(t))

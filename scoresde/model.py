@@ -65,6 +65,13 @@ class ScoreModel(nn.Module, ABC):
         rate = sigma_dot / sigma
         return rate * x + (alpha_dot - alpha * rate) * self.denoise(x, t, cond)
 
+    def terminal_log_prob(self, x: Tensor) -> Tensor:
+        """Log density at t = 1 that likelihoods end with: the SDE's prior, unless a model knows its own marginal there.
+
+        x (B, *) -> (B,) nats, float64.
+        """
+        return self.sde.prior_log_prob(x)
+
     def time_of(self, t: Tensor | float, x: Tensor) -> Tensor:
         """t as a float64 tensor on x's device, after checking x and t. Schedule coefficients are always float64."""
         checks.batch(x)

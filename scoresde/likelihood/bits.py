@@ -24,6 +24,7 @@ from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.log_prob import log_prob
 from scoresde.model import ScoreModel
 from scoresde.modes import device_of, dtype_of
+from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive, spawn
 
 DEQUANTIZATIONS = ("uniform",)
@@ -93,7 +94,8 @@ def bits_per_dim(
         raise ValueError(f"value_range must be (low, high) with low < high, got ({low}, {high}).")
     device, dtype = device_of(model), dtype_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
-    bar = _bar(data, progress)
+    total = data.shape[0] if hasattr(data, "shape") else None
+    ticks = bar(total, "bits/dim", "image", progress)
     for k, c in _batches(data, cond, batch_size, levels):
         n, d = k.shape[0], math.prod(k.shape[1:])
         k = k.to(device)
@@ -117,10 +119,10 @@ def bits_per_dim(
         nfe.append(r.nfe.cpu())
         status.append(r.status.cpu())
         seen += n
-        bar.update(n)
+        ticks.update(n)
         done = torch.cat(values)
-        bar.set_postfix_str(f"{float(done.nanmean()):.3f} bits/dim")
-    bar.close()
+        ticks.set_postfix_str(f"{float(done.nanmean()):.3f} bits/dim")
+    ticks.close()
     if not seen:
         raise ValueError("data is empty; bits/dim needs at least one example.")
     per_example, state = torch.cat(values), torch.cat(status)
@@ -169,10 +171,3 @@ def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Ten
     for batch in data:
         batch = batch[0] if isinstance(batch, (tuple, list)) else batch
         yield checks.integers(batch, levels), None
-
-
-def _bar(data: Any, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    total = data.shape[0] if hasattr(data, "shape") else None
-    return tqdm(total=total, desc="bits/dim", unit="image", leave=False, mininterval=0.5, disable=not show)

@@ -6,7 +6,8 @@ Layer 3. On the angle path (`scoresde.flow`), $du/d\theta = v(u, \theta)$, the i
 $$\log p(x_{t_{min}}) = \log \pi(x_1) + \int_{\theta(t_{min})}^{\theta(1)} \mathrm{tr}\frac{\partial v}{\partial u}\,d\theta
   + d\,\log\frac{r(1)}{r(t_{min})},$$
 
-with $\pi$ the prior and r the scale of x = r u. It is the density of the model's own marginal at t_min.
+with r the scale of x = r u and $\pi$ the model's density at t = 1: the SDE's prior for a network, the closed form for an
+exact mixture. The result is the density of the model's own marginal at t_min.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def log_prob(
     latent = solution.y * expand(path.scale(1.0), x)
     q = solution.q if solution.q.shape[1] else torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device)
     rescale = d * math.log(float(path.scale(1.0)) / float(path.scale(sde.t_min)))
-    value = sde.prior_log_prob(latent) + q.mean(1) + rescale
+    value = model.terminal_log_prob(latent) + q.mean(1) + rescale
     value = torch.where(solution.status == ode.OK, value, torch.nan)
     if isinstance(divergence, Exact):
         stderr = torch.zeros_like(value)

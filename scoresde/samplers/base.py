@@ -23,6 +23,7 @@ from torch import Tensor
 from scoresde import checks
 from scoresde.grids import Grid, given, uniform_time
 from scoresde.model import ScoreModel
+from scoresde.progress import bar
 from scoresde.rng import RandomSource
 from scoresde.sde import SDE
 
@@ -151,28 +152,22 @@ def run(
     final = sampler.denoise_final if denoise_final is None else denoise_final
     if trajectory is not None:
         trajectory(points[0], x)
-    bar = _bar(steps + final, progress)
+    ticks = bar(steps + final, "sampling", "step", progress)
     for i in range(steps):
         x = sampler.step(model, x, points[i], points[i + 1], state, noise, cond)
         watch.look(x, i, points[i])
         if trajectory is not None:
             trajectory(points[i + 1], x)
-        bar.update()
+        ticks.update()
     if final:
         x = model.denoise(x, points[-1], cond)
         watch.look(x, steps, points[-1])
         if trajectory is not None:
             trajectory(points[-1], x)
-        bar.update()
-    bar.close()
+        ticks.update()
+    ticks.close()
     watch.finish(x)
     return x
-
-
-def _bar(total: int, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="sampling", unit="step", leave=False, mininterval=0.5, disable=not show)
 
 
 class _Watch:

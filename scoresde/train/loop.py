@@ -25,6 +25,7 @@ from scoresde.likelihood.elbo import elbo
 from scoresde.losses import denoising_loss, mean_weight
 from scoresde.model import ScoreModel, ScoreNet
 from scoresde.nets import UNet
+from scoresde.progress import bar
 from scoresde.quantized import QuantizedScoreNet
 from scoresde.rng import derive
 from scoresde.sde import SDES
@@ -142,7 +143,6 @@ def train(
     row.
     """
     from accelerate import Accelerator
-    from tqdm.auto import tqdm
 
     run = Path(run)
     saved = _find(run, options, resume)
@@ -168,14 +168,8 @@ def train(
     def save() -> Path:
         return checkpoint.save(run, model, average, _bare(optimizer), state, options.to_json())
 
-    bar = tqdm(
-        total=options.steps,
-        initial=state.step,
-        desc="training",
-        unit="step",
-        mininterval=0.5,
-        disable=not (progress and accelerator.is_main_process),
-    )
+    show = progress and accelerator.is_main_process
+    ticks = bar(options.steps, "training", "step", show, initial=state.step, leave=True)
     with _interruptible() as interrupted, _threads(options.threads):
         while (fraction := _fraction(state, options)) < 1.0:
             clock, cpu = time.perf_counter(), time.process_time()
@@ -199,9 +193,9 @@ def train(
             state.step += 1
             state.seconds += time.perf_counter() - clock
             state.cpu_seconds += time.process_time() - cpu
-            bar.update()
+            ticks.update()
             if bad_steps >= NAN_PATIENCE:
-                bar.close()
+                ticks.close()
                 raise TrainingStopped(
                     f"the loss or its gradient was NaN or infinite {NAN_PATIENCE} steps in a row, up to step {state.step}; "
                     f"{_last(run)} Lower learning_rate (now {options.learning_rate:g}) or check the data."
@@ -211,12 +205,12 @@ def train(
                 value = float(torch.stack(losses).mean())
                 losses.clear()
                 state.history.append({"step": state.step, "loss": value})
-                bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+                ticks.set_postfix_str(f"loss {value:.4f}", refresh=False)
             if state.step % options.evaluate_every == 0 or last:
                 record = _evaluate(average, validation, state)
                 state.history.append(record)
                 if accelerator.is_main_process:
-                    bar.write(
+                    ticks.write(
                         f"step {state.step}: validation {record['bits_per_dim']:.3f} +- {record['stderr']:.3f} bits/dim (ELBO)"
                     )
                     if on_evaluate is not None:
@@ -226,12 +220,12 @@ def train(
             if interrupted():
                 if accelerator.is_main_process:
                     save()
-                bar.close()
+                ticks.close()
                 raise TrainingStopped(
                     f"interrupted at step {state.step} of {options.steps}; saved in {run}. "
                     f"Go on with: scoresde train --resume true --out {run}"
                 )
-    bar.close()
+    ticks.close()
     if accelerator.is_main_process:
         save_model(average, run / "model")
     return Result(average.eval(), state, run)
