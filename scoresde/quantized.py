@@ -117,7 +117,7 @@ class QuantizedScoreNet(ScoreModel):
         wide = sigma1 > limit * alpha1
 
         # narrow noise: closed form (sigma held at the limit where the other branch is taken, to keep it finite)
-        s = torch.where(wide, limit * alpha1, sigma1).clamp_min(torch.finfo(x.dtype).tiny)
+        s = torch.where(wide, limit * alpha1, sigma1).clamp_min(1e-6 * self.width)
         l = (alpha1 * edges - x1) / s  # noqa: E741
         below, above = l[:, :-1], l[:, 1:]
         log_z = _log_interval(below, above)

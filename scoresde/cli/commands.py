@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from scoresde._version import __version__
+from scoresde.sample import METHODS
 
-Method = Literal["pc", "ode", "euler", "reverse-diffusion", "ancestral", "ddim", "heun"]
+Method = Literal[tuple(METHODS)]  # the names of `scoresde.sample.METHODS`, as choices on the command line
 CHUNK = 256
 
 

@@ -56,6 +56,7 @@ class _Batch:
         self.previous = torch.ones_like(self.t)  # error ratio of the last accepted step
         self.nfe = torch.zeros(n, dtype=torch.int64, device=device)
         self.status = torch.zeros(n, dtype=torch.int64, device=device)
+        self.broken = torch.zeros(n, dtype=torch.bool, device=device)  # the last attempt met NaN or infinity
         self.dy = torch.empty_like(y)
         self.dq: Tensor | None = None
         self.q = torch.zeros(n, 0, dtype=torch.float64, device=device)
@@ -124,7 +125,7 @@ def solve(
         gone = (t1 - b.t) * direction
         b.status = torch.where(
             (b.status == OK) & (gone > 0) & (b.h < smallest) & (b.h < gone),
-            torch.where(torch.isfinite(_rms(b.dy)), STEP_TOO_SMALL, NOT_FINITE),
+            torch.where(b.broken, NOT_FINITE, STEP_TOO_SMALL),
             b.status,
         )
         b.status = torch.where((b.status == OK) & (gone > 0) & (b.nfe >= max_nfe), MAX_NFE, b.status)
@@ -155,7 +156,7 @@ def _first_step(
     h1 = torch.where(
         steepest <= 1e-15, (1e-3 * h0).clamp_min(1e-6 * span), (0.01 / steepest.clamp_min(1e-300)) ** (1 / order)
     )
-    b.h = torch.nan_to_num(torch.minimum(100 * h0, h1), nan=1e-6 * span).clamp_max(span)
+    b.h = torch.nan_to_num(torch.minimum(100 * h0, h1), nan=1e-6 * span).clamp(1e-8 * span, span)
     b.nfe += 2
 
 
@@ -188,7 +189,8 @@ def _attempt(
     if rates[0] is not None:
         q = b.q + h[:, None] * _weighted(tableau.a[-1], rates)
         ratio = torch.maximum(ratio, (h * _weighted(tableau.e, rates).mean(1)).abs() / q_tol)
-    ratio = torch.where(torch.isfinite(ratio), ratio, torch.inf)
+    b.broken = ~torch.isfinite(ratio)
+    ratio = torch.where(b.broken, torch.inf, ratio)
     accept = (ratio <= 1) & (b.status == OK)
     k = 1 / tableau.order
     grow = 0.9 * ratio.clamp_min(1e-10) ** (-0.7 * k) * b.previous ** (0.4 * k)

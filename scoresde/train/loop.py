@@ -235,7 +235,7 @@ def _find(run: Path, options: TrainOptions, resume: bool) -> checkpoint.Saved | 
     """The checkpoint to go on from, after refusing what would lose or mix up a run."""
     existing = checkpoint.folders(run)
     if not resume:
-        if existing:
+        if existing or (run / "model").exists():
             raise ValueError(f"{run} already holds a training run; resume it (--resume true) or choose another --out.")
         return None
     saved, problems = checkpoint.read_latest(run)
