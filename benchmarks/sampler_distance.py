@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sampler_distance.json")
     args = parser.parse_args()
     rows = []
-    print(f"{'problem':8s} {'SDE':9s} {'method':18s} {'sliced W2':>9s} {'floor':>7s} {'95 %':>7s} {'mean':>7s} {'cov':>7s} {'s':>6s}")
+    print(
+        f"{'problem':8s} {'SDE':9s} {'method':18s} {'sliced W2':>9s} {'floor':>7s} {'95 %':>7s} {'mean':>7s} {'cov':>7s} {'s':>6s}"
+    )
     for problem in args.problems:
         mixture = GaussianMixture(*PROBLEMS[problem]())
         draws = [mixture.sample(args.n, seed=1000 + i) for i in range(PAIRS + 1)]

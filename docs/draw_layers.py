@@ -30,7 +30,9 @@ def main() -> None:
         ax.text(2.2, y + 3.1, title, va="center", fontsize=10, weight="bold")
         for j, room in enumerate(rooms):
             x = 25.5 + 11.1 * j
-            ax.add_patch(FancyBboxPatch((x, y + 1), 9.6, 4.2, boxstyle="round,pad=0.2", fc="white", ec="#888888", lw=0.8))
+            ax.add_patch(
+                FancyBboxPatch((x, y + 1), 9.6, 4.2, boxstyle="round,pad=0.2", fc="white", ec="#888888", lw=0.8)
+            )
             ax.text(x + 4.8, y + 3.1, room, va="center", ha="center", fontsize=9.5, family="monospace")
     ax.annotate("", (83.5, 3), (83.5, 47), arrowprops=dict(arrowstyle="-|>", color="#444444"))
     ax.text(84.6, 25, "imports point down", rotation=270, va="center", ha="center", fontsize=9, color="#444444")

@@ -115,11 +115,13 @@ def denoising_loss(
 
     `weighting` and `law` as in the module's docstring; x0 (B, *). With the likelihood weighting, half the mean times
     (t_max - t_min) is the part of the negative ELBO, in nats, that depends on the model. Raises `ValueError` for an
-    unknown weighting or law and for NaN in x0, `TypeError` for integer data.
+    unknown weighting or law and for NaN in x0 (looked for on a CPU only), `TypeError` for integer data.
     """
     checks.batch(x0, "x0")
     if x0.shape[0] == 0:
         raise ValueError("x0 is an empty batch; a loss needs at least one example.")
+    if x0.device.type == "cpu":  # elsewhere a look at the values would stall the device at every step
+        checks.finite(x0, "x0")
     source = RandomSource(seed, x0.device, x0.shape[0])
     t, ratio = draw_times(model.sde, x0.shape[0], law, source, log_snr_range)
     eps = source.normal(x0.shape, x0.dtype)

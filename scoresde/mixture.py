@@ -63,7 +63,7 @@ class GaussianMixture:
     @classmethod
     def isotropic(cls, means: Any, std: float, weights: Any = None, **kwargs: Any) -> GaussianMixture:
         """Components of one standard deviation around means (K, d); equal weights unless given."""
-        means = _float64(means)
+        means, std = _float64(means), checks.positive(std, "std")
         k, d = means.shape
         weights = torch.full((k,), 1 / k, dtype=torch.float64) if weights is None else weights
         return cls(weights, means, std**2 * torch.eye(d, dtype=torch.float64).expand(k, d, d), **kwargs)

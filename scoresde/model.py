@@ -61,9 +61,8 @@ class ScoreModel(nn.Module, ABC):
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         """dx/dt of the probability-flow ODE, f x - g^2 score / 2."""
         t = self.time_of(t, x)
-        alpha, sigma, alpha_dot, sigma_dot = (expand(c, x) for c in _path(self.sde, t))
-        rate = sigma_dot / sigma
-        return rate * x + (alpha_dot - alpha * rate) * self.denoise(x, t, cond)
+        denoised, noise = self.predict(x, t, cond)  # both, since either alone cancels at one end
+        return expand(self.sde.alpha_dot(t), x) * denoised + expand(self.sde.sigma_dot(t), x) * noise
 
     def terminal_log_prob(self, x: Tensor) -> Tensor:
         """Log density at t = 1 that likelihoods end with: the SDE's prior, unless a model knows its own marginal there.
@@ -87,10 +86,6 @@ class ScoreModel(nn.Module, ABC):
                 f"the model was made for examples of shape {tuple(self.event_shape)}, got {tuple(shape)}; "
                 "the first axis of x (and of shape=) is the batch."
             )
-
-
-def _path(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return sde.alpha(t), sde.sigma(t), sde.alpha_dot(t), sde.sigma_dot(t)
 
 
 def call_network(net: nn.Module, x: Tensor, label: Tensor, cond: Any) -> Tensor:
@@ -201,9 +196,9 @@ class ScoreNet(ScoreModel):
             return self._output(x, t, cond)
         if self.parameterization in ("noise", "score"):
             # alpha'/alpha x + (sigma' - sigma alpha'/alpha) eps: the form that never divides by sigma
-            alpha, sigma, alpha_dot, sigma_dot = _path(self.sde, t)
-            rate = alpha_dot / alpha
-            return expand(rate, x) * x + expand(sigma_dot - sigma * rate, x) * self.noise(x, t, cond)
+            rate = self.sde.alpha_dot(t) / self.sde.alpha(t)
+            gain = self.sde.sigma_dot(t) - self.sde.sigma(t) * rate
+            return expand(rate, x) * x + expand(gain, x) * self.noise(x, t, cond)
         return super().velocity(x, t, cond)
 
 

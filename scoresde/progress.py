@@ -11,6 +11,4 @@ def bar(total: int | None, what: str, unit: str, show: bool, *, initial: int = 0
         from tqdm import tqdm  # the plain one: the notebook's warns where its widgets are missing
     else:
         from tqdm.auto import tqdm
-    return tqdm(
-        total=total, initial=initial, desc=what, unit=unit, leave=leave, mininterval=0.5, disable=not show
-    )
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, leave=leave, mininterval=0.5, disable=not show)

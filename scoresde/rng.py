@@ -10,6 +10,7 @@ Layer 0. `seed` is, everywhere in the package, one of
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -54,7 +55,10 @@ class RandomSource:
             number = int.from_bytes(os.urandom(7), "little") if seed is None else int(seed)
             self.generator = self._make(number)
         elif isinstance(seed, (Sequence, np.ndarray, Tensor)) and not isinstance(seed, (str, bytes)):
-            seeds = [int(s) for s in seed]
+            try:
+                seeds = [operator.index(s) for s in (seed if isinstance(seed, Sequence) else seed.tolist())]
+            except TypeError as e:
+                raise TypeError(f"seed must be integers, one per sample, got {seed!r}.") from e
             if len(seeds) != batch_size:
                 raise ValueError(
                     f"got {len(seeds)} seeds for a batch of {batch_size}; pass one int, or exactly one seed per sample."

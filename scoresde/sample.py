@@ -137,6 +137,7 @@ def decode(model: ScoreModel, z: Tensor, *, rtol: float = 1e-5, atol: float = 1e
 
 
 def _flow(model: ScoreModel, x: Tensor, start: float, end: float, rtol: float, atol: float, cond: Any) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     sampler = ProbabilityFlow(rtol=rtol, atol=atol)
     with evaluating(model):
         return sampler.step(model, x, start, end, State(), RandomSource(0, x.device, x.shape[0]), cond)

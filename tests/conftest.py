@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from scoresde import VESDE, VPSDE, CosineSDE, EDMSDE, GaussianMixture, RectifiedFlow, SubVPSDE
+from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, GaussianMixture, RectifiedFlow, SubVPSDE
 
 
 def pytest_configure(config):

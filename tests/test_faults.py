@@ -17,7 +17,7 @@ from torch import nn
 
 import scoresde
 from scoresde import METHODS, VESDE, VPSDE, NonFiniteError, ScoreNet, log_prob, sample
-from scoresde.ode import MAX_NFE, STEP_TOO_SMALL
+from scoresde.ode import MAX_NFE
 from scoresde.rng import spawn
 from scoresde.samplers import ProbabilityFlow
 
@@ -71,20 +71,17 @@ def test_stiff_drift():
     model = ScoreNet(Stiff(1e6), VPSDE(), "noise")
     with pytest.raises(RuntimeError, match=r"rows \[0, 1\].*stopped at t = .*evaluations \d+.*(max_nfe|rtol)"):
         sample(model, (2, 2), method=ProbabilityFlow(max_nfe=300), seed=0)
-    try:
-        got = log_prob(model, torch.ones(2, 2), max_nfe=300)
-    except NonFiniteError as e:
-        assert "t = " in str(e)
-    else:
-        assert all(s in (MAX_NFE, STEP_TOO_SMALL) for s in got.status.tolist())
-        assert torch.isnan(got.value).all()
+    got = log_prob(ScoreNet(Stiff(-1e6), VPSDE(), "noise"), torch.ones(2, 2), max_nfe=300)
+    assert (got.status == MAX_NFE).all()
+    assert torch.isnan(got.value).all()
+    assert torch.isfinite(got.latent).all()
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "ode"])
 def test_exploding_drift(method):
     """Fault 2: a network that overflows float32 on the way is an error with the step, not a batch of infinities."""
     model = ScoreNet(Stiff(-1e30), VPSDE(), "noise")
-    with pytest.raises(NonFiniteError, match="step [0-9]+.*t = .*more steps"):
+    with pytest.raises(NonFiniteError, match=r"step [0-9]+.*t = .*more steps"):
         sample(model, (2, 2), method=method, steps=10, seed=0)
 
 

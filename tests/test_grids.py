@@ -6,7 +6,7 @@ from hypothesis import given as cases
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from scoresde import VESDE, VPSDE, CosineSDE, EDMSDE, RectifiedFlow, SubVPSDE, sample
+from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE, sample
 from scoresde.grids import given, karras, uniform_log_snr, uniform_time
 from scoresde.samplers import DDIM, time_grid
 
@@ -98,7 +98,9 @@ def test_time_grid_of_a_sampler(ring8):
     with pytest.raises(ValueError, match="does not decrease strictly"):
         time_grid(DDIM(), sde, 3, lambda sde, steps: torch.tensor([1.0, 0.5, 0.5, 0.1]))
     seen = []
-    sample(ring8.diffuse(sde), (2, 2), method="ddim", grid=[1.0, 0.4, 0.2], seed=0, trajectory=lambda t, x: seen.append(t))
+    sample(
+        ring8.diffuse(sde), (2, 2), method="ddim", grid=[1.0, 0.4, 0.2], seed=0, trajectory=lambda t, x: seen.append(t)
+    )
     assert seen == [1.0, 0.4, 0.2, 0.2]
 
 

@@ -91,6 +91,8 @@ def test_ode_and_nets_know_no_diffusion():
     """Layer 0 stands below the SDEs: in the order, and in what the two rooms import."""
     for path in FILES:
         if room_of(path) in ("ode", "nets"):
-            used = {n.split(".")[1] for n in imports(ast.parse(path.read_text()), path, True) if n.startswith("scoresde.")}
+            used = {
+                n.split(".")[1] for n in imports(ast.parse(path.read_text()), path, True) if n.startswith("scoresde.")
+            }
             assert used <= {"checks", "rng", "modes", "progress", room_of(path)}
     assert max(map(ORDER.index, ("ode", "nets"))) < min(map(ORDER.index, ("sde", "grids")))

@@ -45,11 +45,25 @@ def test_exact_trace_at_default_tolerance(sde, ring8):
 
 
 def test_exact_trace_at_a_tight_tolerance(sde, full3):
-    """What remains at rtol 1e-8 is the prior's mismatch alone: with the true p_1 in the prior's place, 1e-6 nats."""
+    """An exact model ends with its own density at t = 1, so at rtol 1e-8 nothing but 2e-6 nats remains."""
     model, x = full3.diffuse(sde), full3.sample(8, seed=1)
     got = log_prob(model, x, rtol=1e-8, atol=1e-8)
-    exact_prior = model.log_prob(got.latent, 1.0) - sde.prior_log_prob(got.latent)
-    torch.testing.assert_close(got.value + exact_prior, model.log_prob(x, sde.t_min), rtol=0, atol=2e-6)
+    torch.testing.assert_close(got.value, model.log_prob(x, sde.t_min), rtol=0, atol=2e-6)
+
+
+def test_a_network_ends_with_the_prior(full3):
+    """The same denoiser as a network: its value differs by log prior - log p_1 at the latent, which is not zero."""
+    sde = VPSDE()
+    truth, x = full3.diffuse(sde), full3.sample(8, seed=1)
+
+    class Denoiser(nn.Module):
+        def forward(self, x, label):
+            return truth.denoise(x, label)
+
+    got = log_prob(ScoreNet(Denoiser(), sde, "denoise"), x, rtol=1e-8, atol=1e-8)
+    mismatch = sde.prior_log_prob(got.latent) - truth.log_prob(got.latent, 1.0)
+    assert float(mismatch.abs().max()) > 1e-4
+    torch.testing.assert_close(got.value - mismatch, truth.log_prob(x, sde.t_min), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri5", "bosh3"])
@@ -69,12 +83,11 @@ def test_error_follows_the_tolerance(ring8, method):
 
 
 def test_far_points(ring8):
-    """Points of very low density are as exact, relative to their size, once the prior's mismatch out there is taken off."""
+    """Points of very low density are as exact."""
     model = ring8.diffuse(VPSDE())
     x = torch.tensor([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
-    got = log_prob(model, x)
-    mismatch = model.sde.prior_log_prob(got.latent) - model.log_prob(got.latent, 1.0)
-    torch.testing.assert_close(got.value - mismatch, model.log_prob(x, 1e-5), rtol=2e-5, atol=2e-3)
+    got = log_prob(model, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.value, model.log_prob(x, 1e-5), rtol=0, atol=1e-4)
 
 
 def test_images(sde, image16):
@@ -144,7 +157,7 @@ def test_agrees_with_torchdiffeq(full3):
     )
     got = log_prob(model, x, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(got.latent, y[-1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(got.value, sde.prior_log_prob(y[-1]) - change[-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.value, model.log_prob(y[-1], 1.0) - change[-1], rtol=0, atol=1e-5)
 
 
 # -- the trace -------------------------------------------------------------------------------------------------------
@@ -495,7 +508,7 @@ class NaNFrom(nn.Module):
         self.start = start
 
     def forward(self, x, label, cond):
-        return torch.where((cond & (label >= self.start))[:, None], math.nan * x, 0.9 * x)
+        return torch.where((cond & (label >= self.start))[:, None], math.nan, 0.9 * x)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])

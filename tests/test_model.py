@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scoresde import VESDE, VPSDE, EDMSDE, RectifiedFlow, ScoreModel, ScoreNet, denoising_loss, log_prob, sample
+from scoresde import EDMSDE, VESDE, VPSDE, RectifiedFlow, ScoreModel, ScoreNet, denoising_loss, log_prob, sample
 from scoresde.flow import take_rows
 from scoresde.model import PARAMETERIZATIONS
 from scoresde.samplers import ProbabilityFlow

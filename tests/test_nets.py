@@ -63,7 +63,9 @@ def test_mlp_shape_and_zero_start():
     assert float(shaken(net)(x, label).detach().abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("options", [dict(attention=False), dict(positions=0), dict(channels=(8,), blocks=(2,))], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(attention=False), dict(positions=0), dict(channels=(8,), blocks=(2,))], ids=str
+)
 def test_unet_without_its_optional_parts(options):
     """No attention, no position maps, a single resolution: each still runs and depends on its input."""
     net = shaken(unet((4, 4), **options))

@@ -190,7 +190,9 @@ def test_nan_is_a_status_of_its_rows_and_no_hang(where, bad):
     got = solve(f, torch.ones(4, 2, dtype=torch.float64), 0.0, 1.0)
     assert calls[0] < 1000
     assert got.status.tolist() == [OK, NOT_FINITE, NOT_FINITE, OK]
-    torch.testing.assert_close(got.y[[0, 3]], torch.full((2, 2), math.exp(-1), dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got.y[[0, 3]], torch.full((2, 2), math.exp(-1), dtype=torch.float64), rtol=1e-4, atol=1e-4
+    )
     assert torch.isfinite(got.y).all()  # where it stopped, not what it met
     begins = 0.5 if where == "after half" else 0.0
     assert float(got.t[1]) == pytest.approx(begins, abs=1e-6)

@@ -339,7 +339,9 @@ def test_any_data_shape(method, event, device):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("method", [*METHODS, DDIM(0.5), Ancestral("large"), PredictorCorrector(corrector=Langevin(rule="norm"))])
+@pytest.mark.parametrize(
+    "method", [*METHODS, DDIM(0.5), Ancestral("large"), PredictorCorrector(corrector=Langevin(rule="norm"))]
+)
 def test_few_steps_are_finite(sde, method, steps, ring8):
     """1 or 2 steps give finite samples, from every process."""
     assert torch.isfinite(sample(ring8.diffuse(sde), (64, 2), method=method, steps=steps, seed=0)).all()
@@ -517,7 +519,7 @@ def test_nan_in_the_final_denoiser_alone():
         def forward(self, x, label):
             return torch.where((label < 1e-4)[:, None], math.nan, 0.9 * x)
 
-    with pytest.raises(NonFiniteError, match="step 5.*t = 1e-05"):
+    with pytest.raises(NonFiniteError, match=r"step 5.*t = 1e-05"):
         sample(ScoreNet(AtTheEnd(), VPSDE()), (2, 2), method="ddim", steps=5, seed=0)
 
 
@@ -546,7 +548,7 @@ def test_zero_score(rule):
 def test_unknown_methods_and_bad_arguments(ring8):
     """The message lists the methods, or says what was expected."""
     model = ring8.diffuse(VPSDE())
-    with pytest.raises(ValueError, match="'rk45'.*pc, ode, euler, reverse-diffusion, ancestral, ddim, heun"):
+    with pytest.raises(ValueError, match=r"'rk45'.*pc, ode, euler, reverse-diffusion, ancestral, ddim, heun"):
         sample(model, (2, 2), method="rk45")
     for steps in (0, -5):
         for method in METHODS:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from scoresde import (
+    EDMSDE,
     METHODS,
     SDE,
     VESDE,
     VPSDE,
     CosineSDE,
-    EDMSDE,
     GaussianMixture,
     RectifiedFlow,
     SubVPSDE,

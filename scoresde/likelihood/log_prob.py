@@ -74,6 +74,7 @@ def log_prob(
     checks.batch(x)
     model.check_event(tuple(x.shape[1:]))
     checks.finite(x, "x")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # the state of a solve is float32 at least
     d = math.prod(x.shape[1:])
     divergence = default_divergence(d) if divergence is None else divergence
     if not isinstance(divergence, Divergence):

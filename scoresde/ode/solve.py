@@ -116,8 +116,8 @@ def solve(
     b = _Batch(y0.clone(), t0)
     b.dy, b.dq = f(b.t, b.y, b.rows)
     if b.dq is not None:
-        b.q = torch.zeros_like(b.dq)
-        out.q = torch.zeros_like(b.dq)
+        b.q = torch.zeros_like(b.dq, dtype=torch.float64)
+        out.q = torch.zeros_like(b.q)
     _first_step(b, f, direction, span, tableau.order, rtol, atol)
     attempt = 0
     while b.rows.numel():

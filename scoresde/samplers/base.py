@@ -116,10 +116,12 @@ class Trajectory:
 
 def time_grid(sampler: Sampler, sde: SDE, steps: int | None, grid: Grid | Tensor | None = None) -> Tensor:
     """The decreasing float64 times of a solve. Raises `ValueError` for steps < 1 or a grid that does not decrease."""
-    steps = sampler.default_steps if steps is None else checks.positive_int(steps, "steps")
+    unset = steps is None
+    steps = sampler.default_steps if unset else checks.positive_int(steps, "steps")
     grid = grid if grid is not None else sampler.grid
     if isinstance(grid, (Tensor, list, tuple)):
-        steps, grid = len(grid) - 1, given(grid)
+        grid, whole = given(grid), len(grid) - 1
+        steps = whole if unset else steps
     times = grid(sde, steps)
     if not bool((times[1:] < times[:-1]).all()):
         raise ValueError(

@@ -47,8 +47,9 @@ class Langevin:
                 x = torch.add(x, pull, alpha=2 * self.snr**2).add_(z, alpha=2 * self.snr * sigma)
             else:
                 z_norm, score_norm = _mean_norm(z), _mean_norm(pull) / sigma**2
-                tiny = torch.finfo(score_norm.dtype).tiny
-                ratio = torch.where(score_norm > tiny, z_norm / score_norm.clamp_min(tiny), sigma)  # a zero score
+                # a score that is zero but for rounding says nothing of the step; sigma is its typical value
+                floor = 8 * torch.finfo(x.dtype).eps * _mean_norm(x) / sigma**2 + torch.finfo(torch.float64).tiny
+                ratio = torch.where(score_norm > floor, z_norm / score_norm.clamp_min(floor), sigma)
                 e = 2 * (self.snr * ratio) ** 2
                 x = x + expand(e / sigma**2, x) * pull + expand((2 * e).sqrt(), x) * z
         return x
