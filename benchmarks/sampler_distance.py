@@ -11,6 +11,7 @@ again as medians over seeds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main() -> None:
         mixture = GaussianMixture(*PROBLEMS[problem]())
         draws = [mixture.sample(args.n, seed=1000 + i) for i in range(PAIRS + 1)]
         floors = torch.tensor(
-            [sliced_wasserstein(a, b) for a, b in zip(draws[:-1], draws[1:], strict=True)], dtype=torch.float64
+            [sliced_wasserstein(a, b) for a, b in itertools.pairwise(draws)], dtype=torch.float64
         )
         floor, high = float(floors.median()), float(floors.quantile(0.95))
         for sde in (VPSDE(), SubVPSDE(), VESDE()):

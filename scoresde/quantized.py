@@ -30,6 +30,7 @@ from scoresde import checks
 from scoresde.model import ScoreModel, call_network
 from scoresde.sde import SDE, expand
 
+_ROOT = 0.5**0.5
 FOURIER = (0.125, 0.25, 0.5, 1.0)  # half periods per interval of the input features
 
 
@@ -116,22 +117,20 @@ class QuantizedScoreNet(ScoreModel):
         limit = 8 * self.width
         wide = sigma1 > limit * alpha1
 
-        # narrow noise: closed form (sigma held at the limit where the other branch is taken, to keep it finite)
-        s = torch.where(wide, limit * alpha1, sigma1).clamp_min(1e-6 * self.width)
-        l = (alpha1 * edges - x1) / s  # noqa: E741
-        below, above = l[:, :-1], l[:, 1:]
-        log_z = _log_interval(below, above)
-        log_phi = -0.5 * l.square() - 0.5 * math.log(2 * math.pi)
-        g = torch.exp((log_phi[:, :-1] - log_z).clamp_max(60.0)) - torch.exp((log_phi[:, 1:] - log_z).clamp_max(60.0))
-        g = torch.minimum(torch.maximum(g, below), above)  # a mean lies inside its interval
+        # narrow noise: closed form (constants stand in where the other branch is taken, so that no gradient is 0 * inf)
+        s = torch.where(wide, limit, sigma1)
+        l = torch.where(wide, edges, (alpha1 * edges - x1)) / s  # noqa: E741
+        log_z, g = _interval(l[:, :-1], l[:, 1:])
 
         # wide noise: expansion about the centres
         centre = 0.5 * (edges[:, :-1] + edges[:, 1:])
         s = torch.where(wide, sigma1, limit * alpha1.clamp_min(1.0))
-        z = (alpha1 * centre - x1) / s
-        step = (self.width * alpha1 / s) ** 2  # (width / r)^2
-        log_z_wide = -0.5 * z.square() + step * (z.square() - 1) / 24
-        mean_wide = centre - self.width * (self.width * alpha1 / s) * z / 12
+        step = self.width * alpha1 / s  # width / r
+        reach = 4 / step.clamp_min(0.1)  # beyond, the series does not converge; x is then far outside the data
+        z = ((alpha1 * centre - x1) / s).clamp(-reach, reach)
+        q, v = step.square(), z.square()
+        log_z_wide = -0.5 * ((alpha1 * centre - x1) / s).square() + q * (v - 1) / 24 + q**2 * (2 - 4 * v - v**2) / 2880
+        mean_wide = centre - self.width * step * z * (1 - q * (2 + v) / 60) / 12
 
         weights = torch.softmax(logits + torch.where(wide, log_z_wide, log_z), 1)
         pull = (weights * g).sum(1)
@@ -143,10 +142,25 @@ class QuantizedScoreNet(ScoreModel):
         return denoised, noise
 
 
-def _log_interval(a: Tensor, b: Tensor) -> Tensor:
-    """log(Phi(b) - Phi(a)) for a < b, computed in the lower tail, where it keeps its digits."""
+def _interval(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """log Z = log(Phi(b) - Phi(a)) and g = (phi(a) - phi(b)) / Z for a < b.
+
+    Computed in the lower tail and from ratios, whose exponents do not cancel however far out the interval lies.
+    """
     upper = a + b > 0
-    a, b = torch.where(upper, -b, a), torch.where(upper, -a, b)
-    log_b = torch.special.log_ndtr(b)
-    gap = (torch.special.log_ndtr(a) - log_b).clamp_max(-torch.finfo(a.dtype).eps)
-    return log_b + torch.log(-torch.expm1(gap))
+    lo, hi = torch.where(upper, -b, a), torch.where(upper, -a, b)
+    edge = hi.clamp_max(1.0)  # beyond 1 the interval holds most of the mass, and erfcx would overflow
+    head, tail = torch.special.erfcx(edge * -_ROOT), torch.special.erfcx(lo * -_ROOT)
+    ratio = torch.exp(0.5 * (edge - lo) * (edge + lo))  # phi(lo) / phi(edge)
+    rest = 1 - ratio * (tail / head)
+    log_tail = torch.log(0.5 * head * rest) - 0.5 * edge.square()
+    g_tail = -(1 - ratio) / rest / head * (2 / math.pi) ** 0.5
+    inner = hi > 1.0
+    far = hi.clamp_min(1.0)
+    mass = 0.5 * (torch.special.erfc(-_ROOT * far) - torch.special.erfc(-_ROOT * lo.clamp_max(-1.0)))
+    low = lo.clamp_max(-1.0)
+    g_mass = (torch.exp(-0.5 * low.square()) - torch.exp(-0.5 * far.square())) / (mass * (2 * math.pi) ** 0.5)
+    log_z = torch.where(inner, torch.log(mass), log_tail)
+    g = torch.where(inner, g_mass, g_tail)
+    g = torch.where(upper, -g, g)
+    return log_z, torch.minimum(torch.maximum(g, a), b)  # a mean lies inside its interval

@@ -147,7 +147,7 @@ def load_model(path: str | os.PathLike[str]) -> ScoreModel:
         if candidate.is_file():
             return _read_model(candidate)
     problems = []
-    for candidate in sorted((path / "checkpoints").glob("step-*"), reverse=True):
+    for candidate in sorted((path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True):
         try:
             return _read_model(candidate / MODEL_FILE)
         except (ValueError, FileNotFoundError) as e:
@@ -168,6 +168,9 @@ def _read_model(path: Path) -> ScoreModel:
     if config is None:
         raise ValueError(f"{path} carries no scoresde configuration in its header; it was written by another program.")
     model = build(config, str(path))
+    kinds = {v.dtype for v in tensors.values() if v.is_floating_point()}
+    if len(kinds) == 1:
+        model.to(kinds.pop())
     load_weights(model, tensors, str(path))
     return model.eval()
 

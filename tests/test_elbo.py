@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from scoresde import (
+    EDMSDE,
     VESDE,
     VPSDE,
     CosineSDE,
-    EDMSDE,
     GaussianMixture,
     NonFiniteError,
     RectifiedFlow,

@@ -87,7 +87,7 @@ def test_reverse_path():
     assert noise.shape == (11, 6)
     assert np.array_equal(data, plots.tile(states[1], 1, -1.0, 1.0))
     assert np.mean((noise == 0) | (noise == 1)) < 0.25  # not cut off to black and white
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         plots.reverse_path([1.0, 0.5, 0.1], states)
 
 

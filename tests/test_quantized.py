@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scoresde import (
+    EDMSDE,
     VESDE,
     VPSDE,
     CosineSDE,
-    EDMSDE,
     Exact,
     QuantizedScoreNet,
     RectifiedFlow,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from scoresde import VESDE, VPSDE, CosineSDE, EDMSDE, QuantizedScoreNet, RectifiedFlow, ScoreNet, SubVPSDE, load, store
+from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, QuantizedScoreNet, RectifiedFlow, ScoreNet, SubVPSDE, load, store
 from scoresde.nets import MLP, UNet
 
 SMALL = dict(channels=(4, 8), blocks=(1, 1), embedding=8, positions=2)

@@ -50,7 +50,7 @@ def train(
     """Train a score network on images and report its test bits/dim.
 
     Leaves the model in OUT/model, checkpoints in OUT/checkpoints and figures' numbers in OUT/metrics.json. Ctrl-C saves
-    before it stops; go on with --resume true and the same options.
+    before it stops; go on with --resume true, which takes the run's own options.
 
     Args:
         preset: Options to start from. demo takes 5 minutes on 2 cores, digits 20 and digits-long 60 CPU minutes.
@@ -68,7 +68,7 @@ def train(
         score: Compute exact test bits/dim at the end (digits only).
         device: Where to train.
     """
-    from scoresde.train import PRESETS
+    from scoresde.train import PRESETS, TrainOptions, options_of
     from scoresde.train import train as run_training
 
     given = dict(
@@ -83,7 +83,8 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     out = f"runs/{preset}" if out is None else out
-    options = dataclasses.replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    start = TrainOptions.from_json(options_of(Path(out))) if resume else PRESETS[preset]
+    options = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
     result = run_training(options, out, device=device, resume=resume, progress=True)
     metrics = {"command": "train", "preset": preset, **training_record(result, options)}
     print(f"trained {result.progress.step} steps in {result.progress.seconds / 60:.1f} min; model in {out}/model")
@@ -164,7 +165,7 @@ def bpd(
     rtol: float = 1e-3,
     limit: int | None = None,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 64,
     out: str | None = None,
     device: str = "auto",
 ) -> None:
@@ -182,13 +183,14 @@ def bpd(
         out: Also write the result to this JSON file.
         device: auto, cpu or cuda.
     """
-    from scoresde import load
+    from scoresde import checks, load
     from scoresde.data import Images, load_images
     from scoresde.store import write_json
 
     net = load(model).to(pick_device(device))
     images = load_images(data, levels)
     if limit is not None:
+        checks.positive_int(limit, "limit")
         images = Images(images.values[:limit], images.levels, images.name)
     result = measure(net, images, probes=probes, rtol=rtol, seed=seed, batch_size=batch_size)
     print(f"{images.name}: {bits_line(result)}")
@@ -217,10 +219,11 @@ def info(model: str | None = None) -> None:
     print(f"parameters: {sum(p.numel() for p in net.parameters()):,}")
 
 
-def measure(net, images, *, probes: int = 8, rtol: float = 1e-3, seed: int = 0, batch_size: int = 256) -> dict:
+def measure(net, images, *, probes: int = 8, rtol: float = 1e-3, seed: int = 0, batch_size: int = 64) -> dict:
     """Test bits/dim as plain numbers: mean, standard error, NFE, seconds and settings."""
     from scoresde import Exact, Hutchinson, bits_per_dim
 
+    check_probes(probes)
     start, cpu = time.perf_counter(), time.process_time()
     result = bits_per_dim(
         net,
@@ -244,6 +247,12 @@ def measure(net, images, *, probes: int = 8, rtol: float = 1e-3, seed: int = 0, 
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
     }
+
+
+def check_probes(probes: int) -> None:
+    """`ValueError` for a negative number of probes."""
+    if probes < 0:
+        raise ValueError(f"probes must be at least 0 (0 takes the exact trace), got {probes}.")
 
 
 def bits_line(m: dict) -> str:

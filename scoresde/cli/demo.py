@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.cli.commands import bits_line, measure, pick_device, training_record, write_metrics
+from scoresde.cli.commands import bits_line, check_probes, measure, pick_device, training_record, write_metrics
 
 # the steps keep the demo short; each method's own default is what `scoresde sample` uses
 METHODS = {"pc": 150, "ode": None, "euler": 250, "ancestral": 250, "ddim": 40}
@@ -37,10 +37,12 @@ def demo(
         overwrite: Replace an earlier demo in OUT instead of refusing.
         device: Where to compute.
     """
-    from scoresde import plots
+    from scoresde import checks, plots
     from scoresde.data import digits
     from scoresde.train import PRESETS, train
 
+    checks.positive_int(images, "images")
+    check_probes(probes)
     start = time.perf_counter()
     folder = Path(out)
     if overwrite:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +99,7 @@ def _npz(path: Path, key: str, levels: int) -> Images:
             array = archive[key]
     except KeyError as e:
         raise ValueError(f"{e.args[0]}.") from e
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path} is not a readable .npz file ({e}).") from e
     if array.dtype.kind not in "ui":
         raise TypeError(

@@ -95,34 +95,31 @@ def bits_per_dim(
     device, dtype = device_of(model), dtype_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
     total = data.shape[0] if hasattr(data, "shape") else None
-    ticks = bar(total, "bits/dim", "image", progress)
-    for k, c in _batches(data, cond, batch_size, levels):
-        n, d = k.shape[0], math.prod(k.shape[1:])
-        k = k.to(device)
-        seeds = spawn(seed, n, seen)
-        u = RandomSource([derive(s, 1) for s in seeds], device, n).uniform(k.shape, dtype)
-        x = dequantize(k, levels, (low, high), u)
-        r = log_prob(
-            model,
-            x,
-            divergence=divergence,
-            rtol=rtol,
-            atol=atol,
-            method=method,
-            max_nfe=max_nfe,
-            seed=[derive(s, 2) for s in seeds],
-            cond=c,
-        )
-        scale = 1 / (d * math.log(2))
-        values.append((-(r.value + d * math.log((high - low) / levels)) * scale).cpu())
-        errors.append((r.stderr * scale).cpu())
-        nfe.append(r.nfe.cpu())
-        status.append(r.status.cpu())
-        seen += n
-        ticks.update(n)
-        done = torch.cat(values)
-        ticks.set_postfix_str(f"{float(done.nanmean()):.3f} bits/dim")
-    ticks.close()
+    with bar(total, "bits/dim", "image", progress) as ticks:
+        for k, c in _batches(data, cond, batch_size, levels):
+            n, d = k.shape[0], math.prod(k.shape[1:])
+            k = k.to(device)
+            seeds = spawn(seed, n, seen)
+            u = RandomSource([derive(s, 1) for s in seeds], device, n).uniform(k.shape, dtype)
+            r = log_prob(
+                model,
+                dequantize(k, levels, (low, high), u),
+                divergence=divergence,
+                rtol=rtol,
+                atol=atol,
+                method=method,
+                max_nfe=max_nfe,
+                seed=[derive(s, 2) for s in seeds],
+                cond=c,
+            )
+            scale = 1 / (d * math.log(2))
+            values.append((-(r.value + d * math.log((high - low) / levels)) * scale).cpu())
+            errors.append((r.stderr * scale).cpu())
+            nfe.append(r.nfe.cpu())
+            status.append(r.status.cpu())
+            seen += n
+            ticks.update(n)
+            ticks.set_postfix_str(f"{float(torch.cat(values).nanmean()):.3f} bits/dim")
     if not seen:
         raise ValueError("data is empty; bits/dim needs at least one example.")
     per_example, state = torch.cat(values), torch.cat(status)

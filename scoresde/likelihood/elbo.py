@@ -59,7 +59,7 @@ def elbo(model: ScoreModel, x: Tensor, *, draws: int = 16, seed: Seed = None, co
     prior = 0.5 * (ratio[0] * sum_event(x.double().square()) + d * (ratio[1] - 1 - math.log(ratio[1])))
     if draws > 1 and n > 1:  # neighbours in log-SNR differ by noise and by the slope across half a stratum
         noise = (stacked[1:] - stacked[:-1]) - (stacked[1:] - stacked[:-1]).mean(1, keepdim=True)
-        stderr = (0.5 * noise.square().sum(0) * draws / (draws - 1)).sqrt()
+        stderr = (0.5 * noise.square().sum(0) * draws / (draws - 1) * n / (n - 1)).sqrt()
     else:
         stderr = torch.full((n,), torch.nan, dtype=torch.float64, device=x.device)
     whole = torch.zeros(n, dtype=torch.int64, device=x.device)

@@ -151,23 +151,19 @@ def run(
     state = sampler.start(model.sde, times)
     points = times.tolist()
     watch = _Watch(x.device)
-    final = sampler.denoise_final if denoise_final is None else denoise_final
+    final = int(sampler.denoise_final if denoise_final is None else denoise_final)
     if trajectory is not None:
         trajectory(points[0], x)
-    ticks = bar(steps + final, "sampling", "step", progress)
-    for i in range(steps):
-        x = sampler.step(model, x, points[i], points[i + 1], state, noise, cond)
-        watch.look(x, i, points[i])
-        if trajectory is not None:
-            trajectory(points[i + 1], x)
-        ticks.update()
-    if final:
-        x = model.denoise(x, points[-1], cond)
-        watch.look(x, steps, points[-1])
-        if trajectory is not None:
-            trajectory(points[-1], x)
-        ticks.update()
-    ticks.close()
+    with bar(steps + final, "sampling", "step", progress) as ticks:
+        for i in range(steps + final):
+            if i < steps:
+                x = sampler.step(model, x, points[i], points[i + 1], state, noise, cond)
+            else:
+                x = model.denoise(x, points[-1], cond)
+            watch.look(x, i, points[i])
+            if trajectory is not None:
+                trajectory(points[min(i + 1, steps)], x)
+            ticks.update()
     watch.finish(x)
     return x
 

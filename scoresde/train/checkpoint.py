@@ -59,8 +59,6 @@ def save(
 ) -> Path:
     """Write the checkpoint of `progress.step` and drop all but the newest `KEEP`."""
     target = run / "checkpoints" / f"step-{progress.step:08d}"
-    if target.exists():
-        return target
     draft = target.with_name(target.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     save_model(average, draft)
@@ -81,6 +79,7 @@ def save(
             "history": progress.history,
         },
     )
+    shutil.rmtree(target, ignore_errors=True)  # only there if it was found damaged
     os.replace(draft, target)
     for old in folders(run)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -109,6 +108,10 @@ class Saved:
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter, moments in optimizer.state.items():  # fused steps read memory in the parameter's own layout
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def read_latest(run: Path) -> tuple[Saved | None, list[str]]:
@@ -124,3 +127,13 @@ def read_latest(run: Path) -> tuple[Saved | None, list[str]]:
         except (OSError, ValueError, KeyError, TypeError) as e:
             problems.append(f"skipped {folder}: {e}")
     return None, problems
+
+
+def options_of(run: Path) -> dict[str, Any]:
+    """The options of a run's newest readable checkpoint, as `TrainOptions.to_json` wrote them. `ValueError` without one."""
+    for folder in folders(run):
+        try:
+            return json.loads((folder / "training.json").read_text())["options"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    raise ValueError(f"{run} holds no readable checkpoint to resume from.")

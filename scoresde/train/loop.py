@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.checks import NonFiniteError
 from scoresde.data import LABELS, Images, augmented, digits, load_images
 from scoresde.likelihood import dequantize
 from scoresde.likelihood.elbo import elbo
@@ -163,72 +165,97 @@ def train(
     objective, optimizer = accelerator.prepare(_Objective(model, options), optimizer)
     batches = _Batches(train_images, options, model.value_range)
     losses: list[Tensor] = []
-    bad_steps = 0
+    bad_steps, saved_step = 0, -1
+    main = accelerator.is_main_process
+    show = progress and main
 
-    def save() -> Path:
-        return checkpoint.save(run, model, average, _bare(optimizer), state, options.to_json())
+    def save() -> None:
+        nonlocal saved_step
+        if main and saved_step != state.step:
+            checkpoint.save(run, model, average, _bare(optimizer), state, options.to_json())
+            saved_step = state.step
 
-    show = progress and accelerator.is_main_process
-    ticks = bar(options.steps, "training", "step", show, initial=state.step, leave=True)
-    with _interruptible() as interrupted, _threads(options.threads):
+    with (
+        bar(options.steps, "training", "step", show, initial=state.step, leave=True) as ticks,
+        _interruptible() as interrupted,
+        _threads(options.threads),
+    ):
         while (fraction := _fraction(state, options)) < 1.0:
             clock, cpu = time.perf_counter(), time.process_time()
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(state.step, fraction, options)
-            seed = derive(options.seed, state.step, accelerator.process_index)
-            x0, cond = batches.draw(torch.Generator().manual_seed(seed))
-            x0, cond = x0.to(accelerator.device), None if cond is None else cond.to(accelerator.device)
-            with _seeded(seed, accelerator.device):  # dropout draws from the global state, which is put back
-                loss = objective(x0, cond, torch.Generator(accelerator.device).manual_seed(derive(seed, 1)))
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(objective.parameters(), options.gradient_clip)
-            if bool(torch.isfinite(norm)):
-                optimizer.step()
+            loss = _step(accelerator, objective, optimizer, batches, state.step, fraction, options)
+            if loss is not None:
                 _update_average(average, model, state.step, options.ema)
-                losses.append(loss.detach())
-                bad_steps = 0
-            else:
-                bad_steps += 1
-            optimizer.zero_grad()
+                losses.append(loss)
+            bad_steps = 0 if loss is not None else bad_steps + 1
             state.step += 1
             state.seconds += time.perf_counter() - clock
             state.cpu_seconds += time.process_time() - cpu
             ticks.update()
             if bad_steps >= NAN_PATIENCE:
-                ticks.close()
-                raise TrainingStopped(
-                    f"the loss or its gradient was NaN or infinite {NAN_PATIENCE} steps in a row, up to step {state.step}; "
-                    f"{_last(run)} Lower learning_rate (now {options.learning_rate:g}) or check the data."
-                )
+                raise TrainingStopped(_diverged(run, state, options))
             last = _fraction(state, options) >= 1.0
             if losses and (state.step % LOG_EVERY == 0 or last):
                 value = float(torch.stack(losses).mean())
                 losses.clear()
                 state.history.append({"step": state.step, "loss": value})
                 ticks.set_postfix_str(f"loss {value:.4f}", refresh=False)
-            if state.step % options.evaluate_every == 0 or last:
-                record = _evaluate(average, validation, state)
+            if last or (state.step % options.evaluate_every == 0 and not bad_steps):
+                try:
+                    record = _evaluate(average, validation, state)
+                except NonFiniteError as e:
+                    raise TrainingStopped(_diverged(run, state, options)) from e
                 state.history.append(record)
-                if accelerator.is_main_process:
-                    ticks.write(
-                        f"step {state.step}: validation {record['bits_per_dim']:.3f} +- {record['stderr']:.3f} bits/dim (ELBO)"
-                    )
-                    if on_evaluate is not None:
-                        on_evaluate(average, record)
-            if accelerator.is_main_process and (state.step % options.checkpoint_every == 0 or last):
+                if show:
+                    bits, error = record["bits_per_dim"], record["stderr"]
+                    ticks.write(f"step {state.step}: validation {bits:.3f} +- {error:.3f} bits/dim (ELBO)")
+                if main and on_evaluate is not None:
+                    on_evaluate(average, record)
+            if last or (state.step % options.checkpoint_every == 0 and not bad_steps):
                 save()
             if interrupted():
-                if accelerator.is_main_process:
-                    save()
-                ticks.close()
+                save()
                 raise TrainingStopped(
                     f"interrupted at step {state.step} of {options.steps}; saved in {run}. "
                     f"Go on with: scoresde train --resume true --out {run}"
                 )
-    ticks.close()
-    if accelerator.is_main_process:
+    if main:
         save_model(average, run / "model")
     return Result(average.eval(), state, run)
+
+
+def _step(
+    accelerator: Any,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: _Batches,
+    step: int,
+    fraction: float,
+    options: TrainOptions,
+) -> Tensor | None:
+    """One optimisation step on the batch of `step`; its loss, or None where the gradient was not finite and nothing moved."""
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(step, fraction, options)
+    seed = derive(options.seed, step, accelerator.process_index)
+    x0, cond = batches.draw(torch.Generator().manual_seed(seed))
+    x0, cond = x0.to(accelerator.device), None if cond is None else cond.to(accelerator.device)
+    with _seeded(seed, accelerator.device):  # dropout draws from the global state, which is put back
+        loss = objective(x0, cond, torch.Generator(accelerator.device).manual_seed(derive(seed, 1)))
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(objective.parameters(), options.gradient_clip)
+    good = bool(torch.isfinite(norm))
+    if good:
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach() if good else None
+
+
+def _diverged(run: Path, state: Progress, options: TrainOptions) -> str:
+    found = checkpoint.folders(run)
+    kept = f"the last good checkpoint is {found[0]}." if found else "no checkpoint was written yet."
+    return (
+        f"the loss, its gradient or the network became NaN or infinite by step {state.step}; {kept} "
+        f"Lower learning_rate (now {options.learning_rate:g}) or check the data."
+    )
 
 
 def _find(run: Path, options: TrainOptions, resume: bool) -> checkpoint.Saved | None:
@@ -240,8 +267,6 @@ def _find(run: Path, options: TrainOptions, resume: bool) -> checkpoint.Saved | 
         return None
     saved, problems = checkpoint.read_latest(run)
     for text in problems:
-        import warnings
-
         warnings.warn(text, stacklevel=3)
     if saved is None:
         raise ValueError(f"{run} holds no readable checkpoint to resume from. " + " ".join(problems))
@@ -355,8 +380,3 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _last(run: Path) -> str:
-    found = checkpoint.folders(run)
-    return f"the last good checkpoint is {found[0]}." if found else "no checkpoint was written yet."

@@ -67,6 +67,9 @@ class TrainOptions:
             checks.positive_int(getattr(self, name), name)
         for name in ("learning_rate", "gradient_clip", "sigma_data"):
             checks.positive(getattr(self, name), name)
+        for name in ("warmup", "weight_decay", "final_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.minutes is not None:
             checks.positive(self.minutes, "minutes")
         for name, high in (("augment", 1.0), ("dropout", 1.0), ("ema", 1.0), ("validation_fraction", 1.0)):
