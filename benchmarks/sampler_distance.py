@@ -39,9 +39,7 @@ def main() -> None:
     for problem in args.problems:
         mixture = GaussianMixture(*PROBLEMS[problem]())
         draws = [mixture.sample(args.n, seed=1000 + i) for i in range(PAIRS + 1)]
-        floors = torch.tensor(
-            [sliced_wasserstein(a, b) for a, b in itertools.pairwise(draws)], dtype=torch.float64
-        )
+        floors = torch.tensor([sliced_wasserstein(a, b) for a, b in itertools.pairwise(draws)], dtype=torch.float64)
         floor, high = float(floors.median()), float(floors.quantile(0.95))
         for sde in (VPSDE(), SubVPSDE(), VESDE()):
             model = mixture.diffuse(sde)

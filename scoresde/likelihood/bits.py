@@ -88,6 +88,12 @@ def bits_per_dim(
     checks.positive_int(batch_size, "batch_size")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        checks.positive(value, name)
+    checks.positive_int(max_nfe, "max_nfe")
+    checks.choice(method, ode.TABLEAUX, "Runge-Kutta method")
+    if hasattr(data, "shape"):
+        model.check_event(tuple(data.shape[1:]))
     levels = _levels(model, levels)
     low, high = model.value_range if value_range is None else value_range
     if not low < high:

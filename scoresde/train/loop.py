@@ -192,7 +192,10 @@ def train(
             state.cpu_seconds += time.process_time() - cpu
             ticks.update()
             if bad_steps >= NAN_PATIENCE:
-                raise TrainingStopped(_diverged(run, state, options))
+                what = (
+                    f"the loss or its gradient was NaN or infinite {bad_steps} steps in a row, up to step {state.step}"
+                )
+                raise TrainingStopped(_diverged(what, run, options))
             last = _fraction(state, options) >= 1.0
             if losses and (state.step % LOG_EVERY == 0 or last):
                 value = float(torch.stack(losses).mean())
@@ -203,7 +206,8 @@ def train(
                 try:
                     record = _evaluate(average, validation, state)
                 except NonFiniteError as e:
-                    raise TrainingStopped(_diverged(run, state, options)) from e
+                    what = f"the network returned NaN or infinity at the validation after step {state.step}"
+                    raise TrainingStopped(_diverged(what, run, options)) from e
                 state.history.append(record)
                 if show:
                     bits, error = record["bits_per_dim"], record["stderr"]
@@ -249,13 +253,10 @@ def _step(
     return loss.detach() if good else None
 
 
-def _diverged(run: Path, state: Progress, options: TrainOptions) -> str:
+def _diverged(what: str, run: Path, options: TrainOptions) -> str:
     found = checkpoint.folders(run)
     kept = f"the last good checkpoint is {found[0]}." if found else "no checkpoint was written yet."
-    return (
-        f"the loss, its gradient or the network became NaN or infinite by step {state.step}; {kept} "
-        f"Lower learning_rate (now {options.learning_rate:g}) or check the data."
-    )
+    return f"{what}; {kept} Lower learning_rate (now {options.learning_rate:g}) or check the data."
 
 
 def _find(run: Path, options: TrainOptions, resume: bool) -> checkpoint.Saved | None:
