@@ -91,7 +91,7 @@ def train(
     if score and options.data == "digits":
         from scoresde.data import digits
 
-        metrics["test"] = measure(result.model, digits("test"), probes=8, seed=options.seed)
+        metrics["test"] = measure(result.model, digits("test"), probes=4, seed=options.seed)
         print(bits_line(metrics["test"]))
     write_metrics(Path(out), metrics)
     print(f"metrics: {out}/metrics.json")
