@@ -7,6 +7,7 @@ host, so the value of a CUDA tensor is looked at only where the docstring says s
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,15 +27,16 @@ def rows_text(rows: Sequence[int], limit: int = 8) -> str:
 
 def positive(value: float, name: str) -> float:
     """`value` as a float; `ValueError` unless it is finite and > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
     return float(value)
 
 
 def positive_int(value: int, name: str) -> int:
     """`value` unchanged; `TypeError` unless an integer, `ValueError` unless >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__}).")
+    value = int(value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
     return value
@@ -89,7 +91,8 @@ def same_shape(got: Tensor, expected: Sequence[int], what: str) -> Tensor:
     """`got` if its shape is `expected`; otherwise a `ValueError` with both shapes."""
     if tuple(got.shape) != tuple(expected):
         raise ValueError(
-            f"{what} returned shape {tuple(got.shape)}, expected {tuple(expected)}; nothing is broadcast silently."
+            f"{what} has shape {tuple(got.shape)}, expected {tuple(expected)}; nothing is broadcast silently, so give it "
+            "that shape."
         )
     return got
 
@@ -107,7 +110,7 @@ def time_like(t: Any, batch_size: int | None = None) -> None:
         if t.device.type != "cpu" or t.numel() == 0:
             return
         low, high = (v.item() for v in torch.aminmax(t.detach()))
-    elif isinstance(t, (int, float)) and not isinstance(t, bool):
+    elif isinstance(t, numbers.Real) and not isinstance(t, bool):
         low = high = float(t)
     else:
         raise TypeError(f"t must be a number or a tensor of times, got {type(t).__name__}.")
@@ -117,7 +120,8 @@ def time_like(t: Any, batch_size: int | None = None) -> None:
 
 def integers(data: Any, levels: int, name: str = "data") -> Tensor:
     """Integer data in 0..levels-1 as a tensor; `TypeError` for floats, `ValueError` with the minimum and maximum."""
-    positive_int(levels, "levels")
+    if positive_int(levels, "levels") < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}.")
     if not isinstance(data, Tensor):
         try:
             data = torch.as_tensor(data)
@@ -129,7 +133,7 @@ def integers(data: Any, levels: int, name: str = "data") -> Tensor:
             "uint8), not scaled floats. For continuous data use log_prob, which answers in nats."
         )
     if data.numel():
-        low, high = (int(v) for v in torch.aminmax(data))
+        low, high = (int(v) for v in torch.aminmax(data.long()))  # unsigned 16-bit tensors have no minimum of their own
         if low < 0 or high > levels - 1:
             raise ValueError(
                 f"{name} must lie in 0..{levels - 1} for levels={levels}, got minimum {low} and maximum {high}; "

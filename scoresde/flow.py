@@ -59,7 +59,14 @@ def take_rows(cond: Any, rows: Tensor | None) -> Any:
     if isinstance(cond, dict):
         return {k: take_rows(v, rows) for k, v in cond.items()}
     if isinstance(cond, (tuple, list)):
-        return type(cond)(take_rows(v, rows) for v in cond)
-    raise TypeError(
-        f"cond must be a tensor, a dict or a tuple of tensors with a batch axis first, got {type(cond).__name__}."
-    )
+        return tuple(take_rows(v, rows) for v in cond)
+    raise TypeError(f"cond must be a tensor, or a dict or tuple of tensors, got {type(cond).__name__}.")
+
+
+def move(cond: Any, device: torch.device) -> Any:
+    """The condition on `device`: a tensor, a dict or tuple of them, or None."""
+    if cond is None or isinstance(cond, Tensor):
+        return cond if cond is None else cond.to(device)
+    if isinstance(cond, dict):
+        return {k: move(v, device) for k, v in cond.items()}
+    return tuple(move(v, device) for v in cond)

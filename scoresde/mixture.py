@@ -64,6 +64,8 @@ class GaussianMixture:
     def isotropic(cls, means: Any, std: float, weights: Any = None, **kwargs: Any) -> GaussianMixture:
         """Components of one standard deviation around means (K, d); equal weights unless given."""
         means, std = _float64(means), checks.positive(std, "std")
+        if means.dim() != 2:
+            raise ValueError(f"means must have shape (K, d), got {tuple(means.shape)}.")
         k, d = means.shape
         weights = torch.full((k,), 1 / k, dtype=torch.float64) if weights is None else weights
         return cls(weights, means, std**2 * torch.eye(d, dtype=torch.float64).expand(k, d, d), **kwargs)
@@ -145,9 +147,8 @@ class DiffusedMixture(ScoreModel):
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         t = self._time(x, t, cond)
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        # sigma sigma' first: their product stays finite where sigma' alone does not
         return expand(self.sde.alpha_dot(t), x) * self._mean(x, alpha, sigma) - expand(
-            self.sde.sigma_dot(t) * sigma, x
+            self.sde.half_variance_rate(t), x
         ) * self._score(x, alpha, sigma)
 
     def _time(self, x: Tensor, t: Tensor | float, cond: Any) -> Tensor:

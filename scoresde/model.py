@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import checks
+from scoresde.modes import device_of
 from scoresde.sde import SDE, expand
 
 PARAMETERIZATIONS = ("noise", "score", "denoise", "velocity", "edm")
@@ -33,6 +34,7 @@ class ScoreModel(nn.Module, ABC):
     where known: level k stands at value_range[0] + (k + u)(value_range[1] - value_range[0]) / levels, 0 <= u < 1.
     """
 
+    # Score and velocity are infinite or undefined where sigma = 0 (t = 0 for VP, sub-VP and rectified flow): use t_min.
     sde: SDE
     sigma_data: float = 1.0
     event_shape: tuple[int, ...] | None = None
@@ -64,6 +66,11 @@ class ScoreModel(nn.Module, ABC):
         denoised, noise = self.predict(x, t, cond)  # both, since either alone cancels at one end
         return expand(self.sde.alpha_dot(t), x) * denoised + expand(self.sde.sigma_dot(t), x) * noise
 
+    @property
+    def flow_end(self) -> float:
+        """The t at which the probability flow meets the prior: 1, unless the model is undefined there."""
+        return 1.0
+
     def terminal_log_prob(self, x: Tensor) -> Tensor:
         """Log density at t = 1 that likelihoods end with: the SDE's prior, unless a model knows its own marginal there.
 
@@ -86,6 +93,46 @@ class ScoreModel(nn.Module, ABC):
                 f"the model was made for examples of shape {tuple(self.event_shape)}, got {tuple(shape)}; "
                 "the first axis of x (and of shape=) is the batch."
             )
+
+
+def require_model(model: Any) -> ScoreModel:
+    """`model` if it is a `ScoreModel`; otherwise a `TypeError` that says how to make one."""
+    if not isinstance(model, ScoreModel):
+        raise TypeError(
+            f"model must be a ScoreModel, got {type(model).__name__}; wrap a network as ScoreNet(net, sde, 'noise'), or "
+            "diffuse a mixture with mixture.diffuse(sde)."
+        )
+    return model
+
+
+def check_cond(cond: Any, batch_size: int) -> None:
+    """`ValueError` unless every tensor in a condition has one row per example; `TypeError` for arrays."""
+    if isinstance(cond, Tensor):
+        if cond.dim() == 0 or cond.shape[0] != batch_size:
+            raise ValueError(f"cond must have one row per example, {batch_size}, got shape {tuple(cond.shape)}.")
+    elif isinstance(cond, dict):
+        for value in cond.values():
+            check_cond(value, batch_size)
+    elif isinstance(cond, (tuple, list)):
+        for value in cond:
+            check_cond(value, batch_size)
+    elif cond is not None:
+        raise TypeError(
+            f"cond must be a tensor, or a dict or tuple of tensors, with one row per example, got {type(cond).__name__}; "
+            "convert it with torch.as_tensor."
+        )
+
+
+def check_input(model: Any, x: Any, cond: Any = None, name: str = "x") -> None:
+    """What every computation on data asks of (model, x, cond): types, shapes, finite values, one device."""
+    require_model(model)
+    checks.batch(x, name)
+    model.check_event(tuple(x.shape[1:]))
+    checks.finite(x, name)
+    check_cond(cond, x.shape[0])
+    home = device_of(model)
+    if x.device.type != home.type:
+        raise ValueError(f"{name} is on {x.device}, the model on {home}; move one with .to({str(home)!r}).")
 
 
 def call_network(net: nn.Module, x: Tensor, label: Tensor, cond: Any) -> Tensor:
@@ -138,6 +185,11 @@ class ScoreNet(ScoreModel):
         self.levels = levels
         self.value_range = (float(value_range[0]), float(value_range[1]))
 
+    @property
+    def flow_end(self) -> float:
+        divides_by_alpha = self.parameterization in ("noise", "score")
+        return self.sde.t_max if divides_by_alpha and float(self.sde.alpha(1.0)) == 0.0 else 1.0
+
     def _output(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         if self.parameterization == "edm":
             alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
@@ -145,7 +197,7 @@ class ScoreNet(ScoreModel):
             out = call_network(self.net, expand(scale, x) * x, -self.sde.log_snr(t) / 8, cond)
         else:
             out = call_network(self.net, x, t, cond)
-        return checks.same_shape(out, x.shape, "the network")
+        return checks.same_shape(out, x.shape, "the network's output")
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
         """(a, b, c, e) with D = a x + b F and eps = c x + e F for the network's output F; None stands for 0.

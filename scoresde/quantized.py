@@ -90,7 +90,7 @@ class QuantizedScoreNet(ScoreModel):
         label = -self.sde.log_snr(t).clamp(*self.label_range) / 8
         out = call_network(self.net, self._features(x, alpha, sigma), label, cond)
         b, c, *size = x.shape
-        checks.same_shape(out, (b, self.levels * c, *size), "the network")
+        checks.same_shape(out, (b, self.levels * c, *size), "the network's output")
         return out.reshape(b, self.levels, c, *size)
 
     def _features(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class QuantizedScoreNet(ScoreModel):
         wide = sigma1 > limit * alpha1
 
         # narrow noise: closed form (constants stand in where the other branch is taken, so that no gradient is 0 * inf)
-        s = torch.where(wide, limit, sigma1)
+        s = torch.where(wide, limit, sigma1).clamp_min(1e-6 * self.width)
         l = torch.where(wide, edges, (alpha1 * edges - x1)) / s  # noqa: E741
         log_z, g = _interval(l[:, :-1], l[:, 1:])
 

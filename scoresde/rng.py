@@ -36,12 +36,14 @@ def spawn(seed: int, n: int, start: int = 0) -> list[int]:
 class RandomSource:
     """Standard normal and uniform numbers on one device for a batch of known size.
 
-    Arguments: `seed` as in the module's docstring; `device`; `batch_size`, needed for one seed per sample.
+    Arguments: `seed` as in the module's docstring; `device`; `batch_size`, needed for one seed per sample; `salt`, which
+    sets apart the uses of one seed (probes must not repeat the noise that a sample was drawn from).
     Raises `TypeError` for another kind of seed, `ValueError` for a list of the wrong length or a generator
     of another device.
     """
 
-    def __init__(self, seed: Seed, device: torch.device | str, batch_size: int):
+    def __init__(self, seed: Seed, device: torch.device | str, batch_size: int, *, salt: int = 0):
+        self.salt = salt
         self.device = torch.device(device)
         self.rows: list[torch.Generator] | None = None
         if isinstance(seed, torch.Generator):
@@ -68,7 +70,8 @@ class RandomSource:
             raise TypeError(f"seed must be None, an int, a torch.Generator or one int per sample, got {seed!r}.")
 
     def _make(self, number: int) -> torch.Generator:
-        return torch.Generator(device=self.device).manual_seed(number & (2**64 - 1))
+        number = derive(number, self.salt) if self.salt else number & (2**64 - 1)
+        return torch.Generator(device=self.device).manual_seed(number)
 
     def _draw(self, function, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         kind = dict(dtype=dtype, device=self.device)

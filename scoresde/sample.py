@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from scoresde import checks
 from scoresde.grids import Grid
 from scoresde.likelihood.log_prob import log_prob
-from scoresde.model import ScoreModel
+from scoresde.model import ScoreModel, check_cond, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.samplers import (
@@ -73,7 +74,7 @@ def sample(
         seed: None, an int, a `torch.Generator`, or one int per sample; with one per sample a sample does not depend
             on the batch it is drawn in.
         cond: handed to the network unchanged.
-        x_init: the state at t = 1 (t_max) in place of a draw from the prior.
+        x_init: the state at the first time of the grid, in place of a draw from the prior.
         progress: show a progress bar.
         return_log_prob: also return log densities of the samples in nats, (B,) (deterministic methods: "ode").
         grid: a function of `scoresde.grids`, or decreasing times, in place of the method's own.
@@ -84,16 +85,24 @@ def sample(
     Raises `ValueError` for an unknown method (listing them), a bad shape, steps < 1 or seeds of the wrong number, and
     `NonFiniteError` when NaN or infinity appear, naming the step, t and the samples.
     """
-    if not isinstance(model, ScoreModel):
-        raise TypeError(
-            f"model must be a ScoreModel, got {type(model).__name__}; wrap a network as ScoreNet(net, sde, 'noise')."
-        )
+    require_model(model)
     chosen = sampler_for(method)
     shape = _shape(shape)
     model.check_event(shape[1:])
     if return_log_prob and not isinstance(chosen, ProbabilityFlow):
         raise ValueError("return_log_prob needs the probability flow: use method='ode'.")
     times = time_grid(chosen, model.sde, steps, grid)
+    start, end = float(times[0]), float(times[-1])
+    if return_log_prob and end != model.sde.t_min:
+        raise ValueError(
+            f"return_log_prob answers for samples at t_min = {model.sde.t_min:g}, but the grid ends at t = {end:g}."
+        )
+    if x_init is None and start < model.sde.t_max:
+        raise ValueError(
+            f"the grid starts at t = {start:g}, before the prior at t_max = {model.sde.t_max:g}; pass x_init, the state "
+            "there, for example sde.perturb(data, t, noise)."
+        )
+    check_cond(cond, shape[0])
     device, dtype = device_of(model), dtype_of(model)
     if x_init is not None:
         checks.same_shape(checks.batch(x_init, "x_init"), shape, "x_init")
@@ -122,17 +131,13 @@ def sample(
 
 def encode(model: ScoreModel, x: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5, cond: Any = None) -> Tensor:
     """The latent at t = 1 of data x (B, *), by the probability flow; `decode` inverts it up to the tolerances."""
-    checks.batch(x)
-    model.check_event(tuple(x.shape[1:]))
-    checks.finite(x, "x")
+    check_input(model, x, cond)
     return _flow(model, x, model.sde.t_min, 1.0, rtol, atol, cond)
 
 
 def decode(model: ScoreModel, z: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5, cond: Any = None) -> Tensor:
     """The data at t_min of a latent z (B, *) at t = 1, by the probability flow."""
-    checks.batch(z, "z")
-    model.check_event(tuple(z.shape[1:]))
-    checks.finite(z, "z")
+    check_input(model, z, cond, "z")
     return _flow(model, z, 1.0, model.sde.t_min, rtol, atol, cond)
 
 
@@ -145,7 +150,7 @@ def _flow(model: ScoreModel, x: Tensor, start: float, end: float, rtol: float, a
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
-        shape = tuple(int(n) for n in shape)
+        shape = tuple(operator.index(n) for n in shape)
     except (TypeError, ValueError) as e:
         raise TypeError(f"shape must be a sequence of integers (B, *event), got {shape!r}.") from e
     if len(shape) < 2 or shape[0] < 0 or math.prod(shape[1:]) < 1 or min(shape[1:]) < 1:

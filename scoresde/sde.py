@@ -67,6 +67,10 @@ class SDE(ABC):
         """d sigma / dt."""
         return _derivative(self.sigma, self._time(t))
 
+    def half_variance_rate(self, t: Tensor | float) -> Tensor:
+        """sigma d sigma / dt, which stays finite where sigma = 0."""
+        return self.sigma(t) * self.sigma_dot(t)
+
     def drift_scale(self, t: Tensor | float) -> Tensor:
         """f(t) = d log alpha / dt; the drift is f(t) x."""
         return self.alpha_dot(t) / self.alpha(t)
@@ -91,7 +95,10 @@ class SDE(ABC):
         return 2 * (_safe_log(self.alpha(t)) - _safe_log(self.sigma(t)))
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        """The t in [0, 1] at which `log_snr(t)` has the given value (bisection in float64, error below 1e-15)."""
+        """The t at which `log_snr(t)` has the given value (bisection in float64, error below 1e-15).
+
+        Values beyond the schedule's own give the nearest end here; the closed forms of subclasses continue past it.
+        """
         target = _as_tensor(log_snr)
         goal = target.double()
         low, high = torch.zeros_like(goal), torch.ones_like(goal)
@@ -208,6 +215,9 @@ class VPSDE(_LinearBeta):
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         t = self._time(t)
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def half_variance_rate(self, t: Tensor | float) -> Tensor:
+        return 0.5 * self._beta(self._time(t)) * self.alpha(t) ** 2
 
     def diffusion(self, t: Tensor | float) -> Tensor:
         return self._beta(self._time(t)).sqrt()

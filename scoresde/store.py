@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before any work is done where a folder cannot be written. Raises `PermissionError` naming it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".probe-", suffix=".tmp")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as e:
+        raise PermissionError(f"cannot write to {folder} ({e.strerror or e}); choose another folder with --out.") from e
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,9 +161,13 @@ def load_model(path: str | os.PathLike[str]) -> ScoreModel:
     problems = []
     for candidate in sorted((path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True):
         try:
-            return _read_model(candidate / MODEL_FILE)
+            model = _read_model(candidate / MODEL_FILE)
         except (ValueError, FileNotFoundError) as e:
             problems.append(str(e))
+            continue
+        for problem in problems:
+            warnings.warn(f"skipped a newer checkpoint: {problem}", stacklevel=2)
+        return model
     raise FileNotFoundError(
         f"{path} holds no scoresde model (looked for {MODEL_FILE}, model/{MODEL_FILE} and checkpoints/step-*)."
         + "".join(f" {p}" for p in problems)

@@ -389,7 +389,7 @@ def test_an_interrupted_run_is_resumed_by_the_command_that_it_names(capsys, tiny
 @pytest.fixture
 def quick(monkeypatch):
     """A few steps of each method."""
-    monkeypatch.setattr(demo_room, "METHODS", {"pc": 3, "ode": None, "ddim": 4})
+    monkeypatch.setattr(demo_room, "DEMO_METHODS", {"pc": 3, "ode": None, "ddim": 4})
     real = ProbabilityFlow.__init__
     monkeypatch.setattr(
         ProbabilityFlow, "__init__", lambda self, rtol=3e-2, atol=3e-2, **k: real(self, rtol, atol, **k)
@@ -422,14 +422,16 @@ def test_demo(capsys, tiny, quick, tmp_path, monkeypatch):
         row = next(line for line in text.splitlines() if line.startswith(name))
         assert f"{metrics['samples'][name]['sliced_wasserstein']:.3f} levels" in row
     assert store.load_model(out).levels == 17
-    # a second one is refused, unless it may overwrite, which leaves strangers' files alone
+    # a second one is refused, unless it may overwrite, which moves the first aside with all that lies there
     assert "already holds" in fails_last(capsys, "demo", "--out", out)
     (out / "notes.txt").write_text("mine")
-    monkeypatch.setattr(demo_room, "METHODS", {"ddim": 2})
+    monkeypatch.setattr(demo_room, "DEMO_METHODS", {"ddim": 2})
     monkeypatch.setattr(demo_room, "measure", lambda *a, **k: metrics["test"])
     assert call(capsys, "demo", "--images", "4", "--out", out, "--overwrite", "true")[0] == 0
     assert set(json.loads((out / "metrics.json").read_text())["samples"]) == {"ddim", "real (train)"}
-    assert (out / "notes.txt").read_text() == "mine"
+    aside = out.with_name(out.name + ".old")
+    assert (aside / "notes.txt").read_text() == "mine"
+    assert store.load_model(aside).levels == 17  # the earlier demo is whole
 
 
 def fails_last(capsys, *args):

@@ -15,6 +15,7 @@ from scoresde import (
     GaussianMixture,
     Hutchinson,
     NonFiniteError,
+    RectifiedFlow,
     ScoreNet,
     bits_per_dim,
     decode,
@@ -518,7 +519,7 @@ def test_nan_from_the_network(start):
     marked = torch.tensor([False, False, True, False])
     with pytest.raises(NonFiniteError, match=r"rows \[2\]") as caught:
         log_prob(model, torch.ones(4, 2), cond=marked)
-    t = float(str(caught.value).split("t = ")[1].split()[0])
+    t = float(str(caught.value).split("t = ")[1].split(",")[0])
     assert t == pytest.approx(max(start, 1e-5), abs=0.02)
     with pytest.raises(NonFiniteError, match=r"rows \[2\]"):
         encode(model, torch.ones(4, 2), cond=marked)
@@ -560,3 +561,50 @@ def test_evaluation_mode():
     assert not a.latent.requires_grad
     assert all(p.grad is None for p in net.parameters())
     assert all(m.training for m in model.modules())
+
+
+def test_levels_that_nobody_declared(device):
+    """256 is only the default where the data can be 8-bit: values 0..16 are refused until levels= is said."""
+    net = ScoreNet(_Zero(), VPSDE(), "noise").to(device)
+    data = torch.randint(0, 17, (3, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="levels is not given"):
+        bits_per_dim(net, data)
+    assert math.isfinite(bits_per_dim(net, data, levels=17).mean)
+
+
+@pytest.mark.parametrize("parameterization", ["noise", "score"])
+def test_rectified_flow_under_parameterizations_that_divide_by_alpha(parameterization):
+    """Their probability flow meets the prior at t_max, where alpha is not 0 yet: finite samples and densities."""
+    net = ScoreNet(_Zero(), RectifiedFlow(), parameterization)
+    x = sample(net, (3, 2), method="ode", seed=0)
+    assert torch.isfinite(x).all()
+    assert torch.isfinite(log_prob(net, x).value).all()
+
+
+def test_probes_are_independent_of_the_noise_of_samples():
+    """One seed for a sample and its density: Gaussian probes are not the noise that the sample was drawn from."""
+    source = RandomSource(3, "cpu", 2)
+    noise = source.normal((2, 1, 5), torch.float64)
+    salted = RandomSource(3, "cpu", 2, salt=1)
+    assert not torch.equal(Hutchinson(1, "gaussian").probes((2, 5), torch.float64, salted), noise)
+
+
+def test_conditions_of_the_wrong_length_are_refused():
+    """One row per example, in sample, log_prob and bits_per_dim: nothing is cut to fit."""
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 1.0).diffuse(VPSDE())
+    for rows in (2, 5):
+        with pytest.raises(ValueError, match="one row per example"):
+            log_prob(model, torch.zeros(3, 2), cond=torch.zeros(rows, 1))
+        with pytest.raises(ValueError, match="one row per example"):
+            sample(model, (3, 2), method="ode", cond=torch.zeros(rows, 1))
+
+
+class _Zero(torch.nn.Module):
+    """A network that says 0 times x, differentiably."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, label):
+        return self.scale * x

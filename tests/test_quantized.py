@@ -22,6 +22,7 @@ from scoresde import (
     log_prob,
     sample,
 )
+from scoresde.nets import UNet
 
 SDES = [VPSDE(), SubVPSDE(), VESDE(), CosineSDE(), EDMSDE(), RectifiedFlow()]
 LEVELS = 5
@@ -398,3 +399,16 @@ def test_a_network_of_another_width_is_refused(outputs):
     model = QuantizedScoreNet(Spy(outputs), VPSDE(), LEVELS)
     with pytest.raises(ValueError, match=rf"\(2, {outputs}, 4\), expected \(2, {LEVELS}, 4\)"):
         model.denoise(torch.zeros(2, 1, 4), 0.5)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), RectifiedFlow(), CosineSDE()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_finite_at_both_ends(sde, t):
+    """sigma = 0 at t = 0 for three of them, alpha = 0 at t = 1 for one: D and eps stay finite, D = x where there is no noise."""
+    net = QuantizedScoreNet(UNet(QuantizedScoreNet.input_channels(1), 5, (4,), channels=(8,), blocks=(1,)), sde, 5)
+    x = torch.linspace(-0.95, 0.95, 8).reshape(2, 1, 4)
+    denoised, noise = net.predict(x, t)
+    assert torch.isfinite(denoised).all()
+    assert torch.isfinite(noise).all()
+    if float(sde.sigma(t)) == 0.0:
+        torch.testing.assert_close(denoised, x, rtol=1e-5, atol=1e-5)

@@ -526,7 +526,7 @@ def test_nan_in_the_final_denoiser_alone():
 def test_flow_that_cannot_finish():
     """Too small a budget is a RuntimeError with t, evaluations and advice."""
     model = GaussianMixture.isotropic([[-1.0], [1.0]], 0.01).diffuse(VPSDE())
-    with pytest.raises(RuntimeError, match=r"rows \[0, 1\].*t = .*evaluations \d+.*max_nfe"):
+    with pytest.raises(RuntimeError, match=r"rows \[0, 1\].*t = .*\d+ evaluations.*max_nfe"):
         sample(model, (2, 1), method=ProbabilityFlow(max_nfe=20), seed=0)
 
 
@@ -630,3 +630,20 @@ def test_evaluation_mode(method):
     assert model.training
     assert inner.training
     assert not model.net.frozen.training
+
+
+def test_grids_that_leave_out_an_end():
+    """Prior noise is not fed in below t_max, and densities are not answered for another time than t_min."""
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 1.0).diffuse(VPSDE())
+    with pytest.raises(ValueError, match="pass x_init"):
+        sample(model, (2, 2), method="ddim", grid=[0.5, 0.1])
+    assert sample(model, (2, 2), method="ddim", grid=[0.5, 0.1], x_init=torch.zeros(2, 2)).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"grid ends at t = 0\.5"):
+        sample(model, (2, 2), method="ode", grid=[1.0, 0.5], return_log_prob=True)
+
+
+def test_grids_where_a_method_is_undefined():
+    """Rectified flow's drift diverges at t = 1: named before any work, with the range to keep to."""
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 1.0).diffuse(RectifiedFlow())
+    with pytest.raises(ValueError, match=r"EulerMaruyama is undefined for RectifiedFlow .*0\.999"):
+        sample(model, (2, 2), method="euler", grid=[1.0, 0.5, 0.1])

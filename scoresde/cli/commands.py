@@ -86,7 +86,7 @@ def train(
     start = TrainOptions.from_json(options_of(Path(out))) if resume else PRESETS[preset]
     options = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
     result = run_training(options, out, device=device, resume=resume, progress=True)
-    metrics = {"command": "train", "preset": preset, **training_record(result, options)}
+    metrics = {"command": "train", "preset": None if resume else preset, **training_record(result, options)}
     print(f"trained {result.progress.step} steps in {result.progress.seconds / 60:.1f} min; model in {out}/model")
     if score and options.data == "digits":
         from scoresde.data import digits
@@ -122,10 +122,7 @@ def sample(
     import numpy as np
 
     from scoresde import checks, load, plots
-    from scoresde import sample as draw
-    from scoresde.likelihood import quantize
-    from scoresde.rng import spawn
-    from scoresde.store import write_atomic
+    from scoresde.store import check_writable, write_atomic
 
     checks.positive_int(n, "n")
     net = load(model).to(pick_device(device))
@@ -134,14 +131,8 @@ def sample(
             f"{model} does not say what shape its images have; it cannot be sampled from the command line."
         )
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for start in range(0, n, CHUNK):
-        seeds = spawn(seed, min(CHUNK, n - start), start)
-        shape = (len(seeds), *net.event_shape)
-        parts.append(draw(net, shape, method=method, steps=steps, seed=seeds, progress=True).cpu())
-    x = torch.cat(parts)
-    k = x if net.levels is None else quantize(x, net.levels, net.value_range)
+    check_writable(folder)
+    k = draw_images(net, n, method, steps, seed)
     array = k.numpy() if net.levels is None or net.levels > 256 else k.to(torch.uint8).numpy()
 
     def write(path: Path) -> None:
@@ -161,8 +152,8 @@ def bpd(
     model: str,
     data: str = "digits:test",
     levels: int | None = None,
-    probes: int = 8,
-    rtol: float = 1e-3,
+    probes: int = 4,
+    rtol: float = 1e-4,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -185,8 +176,10 @@ def bpd(
     """
     from scoresde import checks, load
     from scoresde.data import Images, load_images
-    from scoresde.store import write_json
+    from scoresde.store import check_writable, write_json
 
+    if out is not None:
+        check_writable(Path(out).absolute().parent)
     net = load(model).to(pick_device(device))
     images = load_images(data, levels)
     if limit is not None:
@@ -219,7 +212,22 @@ def info(model: str | None = None) -> None:
     print(f"parameters: {sum(p.numel() for p in net.parameters()):,}")
 
 
-def measure(net, images, *, probes: int = 8, rtol: float = 1e-3, seed: int = 0, batch_size: int = 64) -> dict:
+def draw_images(net, n: int, method: str, steps: int | None, seed: int, progress: bool = True) -> torch.Tensor:
+    """n images on the CPU, image i from (seed, i), as integer levels where the model has them."""
+    from scoresde import sample as draw
+    from scoresde.likelihood import quantize
+    from scoresde.rng import spawn
+
+    parts = []
+    for start in range(0, n, CHUNK):
+        seeds = spawn(seed, min(CHUNK, n - start), start)
+        shape = (len(seeds), *net.event_shape)
+        parts.append(draw(net, shape, method=method, steps=steps, seed=seeds, progress=progress).cpu())
+    x = torch.cat(parts)
+    return x if net.levels is None else quantize(x, net.levels, net.value_range)
+
+
+def measure(net, images, *, probes: int = 4, rtol: float = 1e-3, seed: int = 0, batch_size: int = 64) -> dict:
     """Test bits/dim as plain numbers: mean, standard error, NFE, seconds and settings."""
     from scoresde import Exact, Hutchinson, bits_per_dim
 

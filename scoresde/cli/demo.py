@@ -10,10 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.cli.commands import bits_line, check_probes, measure, pick_device, training_record, write_metrics
+from scoresde.cli.commands import (
+    bits_line,
+    check_probes,
+    draw_images,
+    measure,
+    pick_device,
+    training_record,
+    write_metrics,
+)
 
 # the steps keep the demo short; each method's own default is what `scoresde sample` uses
-METHODS = {"pc": 150, "ode": None, "euler": 250, "ancestral": 250, "ddim": 40}
+DEMO_METHODS = {"pc": 150, "ode": None, "euler": 250, "ancestral": 250, "ddim": 40}
 PATH_TIMES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -34,19 +42,21 @@ def demo(
         images: Samples per method.
         probes: Random probes per test image in the trace estimate.
         seed: Seed of everything random.
-        overwrite: Replace an earlier demo in OUT instead of refusing.
+        overwrite: Move an earlier demo from OUT to OUT.old instead of refusing.
         device: Where to compute.
     """
     from scoresde import checks, plots
     from scoresde.data import digits
+    from scoresde.store import check_writable
     from scoresde.train import PRESETS, train
 
     checks.positive_int(images, "images")
     check_probes(probes)
     start = time.perf_counter()
     folder = Path(out)
+    check_writable(folder.absolute().parent)
     if overwrite:
-        _remove(folder)
+        _set_aside(folder)
     options = dataclasses.replace(PRESETS["demo"], minutes=minutes, seed=seed)
     train_images, test_images = digits("train"), digits("test")
     print(
@@ -60,19 +70,19 @@ def demo(
         if not shown:
             shown.append(record["step"])
             print(f"     first samples, {time.perf_counter() - start:.0f} s after the start:", flush=True)
-            print(_as_text(_draw(model, 8, "ddim", 20, seed, progress=False)), flush=True)
+            print(_as_text(draw_images(model, 8, "ddim", 20, seed, progress=False)), flush=True)
 
     result = train(options, folder, device=device, progress=True, on_evaluate=preview)
     model = result.model.to(pick_device(device))
 
-    print(f"2/4  Drawing {images} images with each of {', '.join(METHODS)}.", flush=True)
+    print(f"2/4  Drawing {images} images with each of {', '.join(DEMO_METHODS)}.", flush=True)
     metrics = {"command": "demo", **training_record(result, options), "samples": {}}
     reference = test_images.values.float()
     floor = _distance(train_images.values[:images].float(), reference)
     grids = {"real (test)": test_images.values[:64]}
-    for method, steps in METHODS.items():
+    for method, steps in DEMO_METHODS.items():
         clock = time.perf_counter()
-        levels = _draw(model, images, method, steps, seed, progress=True)
+        levels = draw_images(model, images, method, steps, seed)
         grids[method] = levels[:64]
         metrics["samples"][method] = {
             "steps": steps,
@@ -94,16 +104,6 @@ def demo(
         plots.save(_path_figure(model, seed), folder / "reverse_path.png"),
     ]
     _report(metrics, folder, files)
-
-
-def _draw(model, n: int, method: str, steps: int | None, seed: int, progress: bool) -> Tensor:
-    """n images as integer levels, image i from (seed, i)."""
-    from scoresde import sample
-    from scoresde.likelihood import quantize
-    from scoresde.rng import spawn
-
-    x = sample(model, (n, *model.event_shape), method=method, steps=steps, seed=spawn(seed, n), progress=progress)
-    return quantize(x, model.levels, model.value_range).cpu()
 
 
 def _distance(x: Tensor, y: Tensor) -> float:
@@ -158,11 +158,11 @@ def _report(metrics: dict, folder: Path, files: list[Path]) -> None:
     print(f"all in {metrics['seconds'] / 60:.1f} min")
 
 
-def _remove(folder: Path) -> None:
-    """Delete what an earlier demo left, and nothing else."""
+def _set_aside(folder: Path) -> None:
+    """Move an earlier demo to FOLDER.old, in place of the one that may be there."""
     import shutil
 
-    for name in ("model", "checkpoints"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.json", "curves.png", "samples.png", "reverse_path.png"):
-        (folder / name).unlink(missing_ok=True)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)

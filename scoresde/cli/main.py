@@ -22,7 +22,7 @@ def main(args: list[str] | None = None) -> int:
     """Run one command; 0 if it worked, 2 for bad input, 130 after an interrupt. Errors are one line, no traceback."""
     from jsonargparse import auto_cli
 
-    from scoresde.train import TrainingStopped
+    from scoresde.train import TrainingInterrupted
 
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -33,7 +33,7 @@ def main(args: list[str] | None = None) -> int:
             prog="scoresde",
             description="Continuous-time score-based generative models: train, sample, and measure bits/dim.",
         )
-    except TrainingStopped as e:
+    except TrainingInterrupted as e:
         print(f"\nstopped: {e}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:

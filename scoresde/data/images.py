@@ -99,7 +99,7 @@ def _npz(path: Path, key: str, levels: int) -> Images:
             array = archive[key]
     except KeyError as e:
         raise ValueError(f"{e.args[0]}.") from e
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as e:
         raise ValueError(f"{path} is not a readable .npz file ({e}).") from e
     if array.dtype.kind not in "ui":
         raise TypeError(
@@ -124,8 +124,11 @@ def _folder(path: Path, levels: int) -> Images:
     for file in files:
         try:
             with Image.open(file) as image:
+                opaque = image.mode == "RGBA" and image.getextrema()[3][0] == 255
+                if image.mode not in ("1", "L", "P", "RGB") and not opaque:
+                    raise ValueError(f"mode {image.mode}; convert it to 8-bit grey or RGB, or store the data as .npz")
                 array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as e:
+        except (UnidentifiedImageError, OSError, ValueError) as e:
             raise ValueError(f"{file} is not a readable image ({e}); remove or replace it.") from e
         array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
         if arrays and array.shape != arrays[0].shape:

@@ -1,6 +1,6 @@
 """Exact likelihood: traces, log densities, bits/dim."""
 
-from scoresde.likelihood.bits import BitsPerDim, bits_per_dim, dequantize, quantize
+from scoresde.likelihood.bits import BitsPerDim, bits_from_nats, bits_per_dim, dequantize, quantize
 from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
 from scoresde.likelihood.elbo import elbo
 from scoresde.likelihood.log_prob import LogProb, default_divergence, log_prob
@@ -11,6 +11,7 @@ __all__ = [
     "Exact",
     "Hutchinson",
     "LogProb",
+    "bits_from_nats",
     "bits_per_dim",
     "default_divergence",
     "dequantize",

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from scoresde import checks, ode
+from scoresde.flow import move, take_rows
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.log_prob import log_prob
-from scoresde.model import ScoreModel
+from scoresde.model import ScoreModel, check_cond, require_model
 from scoresde.modes import device_of, dtype_of
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive, spawn
@@ -57,6 +58,12 @@ def quantize(x: Tensor, levels: int, value_range: tuple[float, float]) -> Tensor
     return torch.floor((x - low) / (high - low) * levels).clamp(0, levels - 1).long()
 
 
+def bits_from_nats(log_prob: Tensor, d: int, levels: int, value_range: tuple[float, float]) -> Tensor:
+    """Bits/dim of dequantized data from their log density in nats: the scaling's Jacobian, the sign and the units."""
+    low, high = value_range
+    return -(log_prob + d * math.log((high - low) / levels)) / (d * math.log(2))
+
+
 def bits_per_dim(
     model: ScoreModel,
     data: Tensor | Iterable[Any],
@@ -86,25 +93,30 @@ def bits_per_dim(
     """
     checks.choice(dequantization, DEQUANTIZATIONS, "dequantization")
     checks.positive_int(batch_size, "batch_size")
+    require_model(model)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
         checks.positive(value, name)
     checks.positive_int(max_nfe, "max_nfe")
     checks.choice(method, ode.TABLEAUX, "Runge-Kutta method")
-    if hasattr(data, "shape"):
+    if len(getattr(data, "shape", ())) > 1:
         model.check_event(tuple(data.shape[1:]))
+    declared = levels is not None or model.levels is not None
     levels = _levels(model, levels)
-    low, high = model.value_range if value_range is None else value_range
-    if not low < high:
-        raise ValueError(f"value_range must be (low, high) with low < high, got ({low}, {high}).")
+    low, high = _range(model.value_range if value_range is None else value_range)
     device, dtype = device_of(model), dtype_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
     total = data.shape[0] if hasattr(data, "shape") else None
     with bar(total, "bits/dim", "image", progress) as ticks:
         for k, c in _batches(data, cond, batch_size, levels):
             n, d = k.shape[0], math.prod(k.shape[1:])
-            k = k.to(device)
+            if not declared and n and int(k.max()) < levels // 4:
+                raise ValueError(
+                    f"levels is not given and the model does not say; 256 is the default, but the data only reach "
+                    f"{int(k.max())}. Pass levels= (256 if these are dark 8-bit images)."
+                )
+            k, c = k.to(device), move(c, device)
             seeds = spawn(seed, n, seen)
             u = RandomSource([derive(s, 1) for s in seeds], device, n).uniform(k.shape, dtype)
             r = log_prob(
@@ -118,9 +130,8 @@ def bits_per_dim(
                 seed=[derive(s, 2) for s in seeds],
                 cond=c,
             )
-            scale = 1 / (d * math.log(2))
-            values.append((-(r.value + d * math.log((high - low) / levels)) * scale).cpu())
-            errors.append((r.stderr * scale).cpu())
+            values.append(bits_from_nats(r.value, d, levels, (low, high)).cpu())
+            errors.append((r.stderr / (d * math.log(2))).cpu())
             nfe.append(r.nfe.cpu())
             status.append(r.status.cpu())
             seen += n
@@ -158,13 +169,20 @@ def _levels(model: ScoreModel, levels: int | None) -> int:
     return levels
 
 
-def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Tensor, Any]]:
-    from scoresde.flow import take_rows
+def _range(value_range: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(v) for v in value_range)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"value_range must be a pair (low, high), got {value_range!r}.") from e
+    if not low < high:
+        raise ValueError(f"value_range must be (low, high) with low < high, got ({low}, {high}).")
+    return low, high
 
+
+def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Tensor, Any]]:
     if isinstance(data, Tensor) or hasattr(data, "__array__"):
-        whole = checks.integers(data, levels)
-        if whole.dim() < 2:
-            raise ValueError(f"data must have shape (N, ...), got {tuple(whole.shape)}.")
+        whole = _images(data, levels)
+        check_cond(cond, whole.shape[0])
         for start in range(0, whole.shape[0], size):
             rows = torch.arange(start, min(start + size, whole.shape[0]))
             yield whole[rows], take_rows(cond, rows)
@@ -172,5 +190,11 @@ def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Ten
     if cond is not None:
         raise ValueError("cond goes with a tensor of data; a loader would not say which rows it belongs to.")
     for batch in data:
-        batch = batch[0] if isinstance(batch, (tuple, list)) else batch
-        yield checks.integers(batch, levels), None
+        yield _images(batch[0] if isinstance(batch, (tuple, list)) else batch, levels), None
+
+
+def _images(batch: Any, levels: int) -> Tensor:
+    whole = checks.integers(batch, levels)
+    if whole.dim() < 2:
+        raise ValueError(f"data must have shape (N, ...), or be a loader of such batches, got {tuple(whole.shape)}.")
+    return whole

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.likelihood.log_prob import LogProb
-from scoresde.model import ScoreModel
+from scoresde.model import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.sde import sum_event
@@ -32,18 +32,18 @@ def elbo(model: ScoreModel, x: Tensor, *, draws: int = 16, seed: Seed = None, co
     x at t_max with fresh noise. The noise's own norm serves as a control variate, its factor fitted on the other half
     of the batch, which keeps the estimate unbiased. Raises as `log_prob` does.
     """
-    checks.batch(x)
-    model.check_event(tuple(x.shape[1:]))
-    checks.finite(x, "x")
+    check_input(model, x, cond)
     checks.positive_int(draws, "draws")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     sde, n, d = model.sde, x.shape[0], math.prod(x.shape[1:])
-    source = RandomSource(seed, x.device, n)
+    source = RandomSource(seed, x.device, n, salt=2)
     high, low = sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
-    terms, width = [], (high - low) / draws
+    terms, times, width = [], [], (high - low) / draws
     with evaluating(model):
         for j in range(draws):
             u = source.uniform((n, 1), torch.float64).squeeze(1)
             t = sde.time(low + width * (j + u)).clamp(sde.t_min, sde.t_max)
+            times.append(t)
             eps = source.normal(x.shape, x.dtype)
             error = sum_event((model.noise(sde.perturb(x, t, eps), t, cond) - eps).double().square())
             excess = sum_event(eps.double().square()) - d
@@ -51,9 +51,14 @@ def elbo(model: ScoreModel, x: Tensor, *, draws: int = 16, seed: Seed = None, co
         eps = source.normal(x.shape, x.dtype)
         latent = sde.perturb(x, sde.t_max, eps)
     stacked = torch.stack(terms) if n else torch.zeros(draws, 0, dtype=torch.float64)
-    if n and not bool(torch.isfinite(stacked).all()):
-        rows = (~torch.isfinite(stacked).all(0)).nonzero().flatten().tolist()
-        raise checks.NonFiniteError(f"the network returned NaN or infinity for examples {checks.rows_text(rows)}.")
+    bad = ~torch.isfinite(stacked)
+    if bool(bad.any()):
+        draw, row = (int(v) for v in bad.nonzero()[0])
+        rows = bad.any(0).nonzero().flatten().tolist()
+        raise checks.NonFiniteError(
+            f"the network returned NaN or infinity at t = {float(times[draw][row]):.6g} (draw {draw}), examples "
+            f"{checks.rows_text(rows)}."
+        )
     decoder = 0.5 * d * (math.log(2 * math.pi * math.e) - high)
     ratio = (float(sde.alpha(sde.t_max)) / sde.prior_std) ** 2, (float(sde.sigma(sde.t_max)) / sde.prior_std) ** 2
     prior = 0.5 * (ratio[0] * sum_event(x.double().square()) + d * (ratio[1] - 1 - math.log(ratio[1])))

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks, ode
+from scoresde import ode
 from scoresde.flow import AnglePath, take_rows
 from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
-from scoresde.model import ScoreModel
+from scoresde.model import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.samplers.ode import raise_if_failed
@@ -71,17 +71,15 @@ def log_prob(
     probes, one int or one per example. Raises `ValueError` for NaN in x or a wrong shape, `TypeError` for integer x,
     `NonFiniteError` (naming t and the examples) for NaN from the network.
     """
-    checks.batch(x)
-    model.check_event(tuple(x.shape[1:]))
-    checks.finite(x, "x")
+    check_input(model, x, cond)
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # the state of a solve is float32 at least
     d = math.prod(x.shape[1:])
     divergence = default_divergence(d) if divergence is None else divergence
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {divergence!r}.")
     sde, path = model.sde, AnglePath(model.sde, model.sigma_data)
-    ends = (sde.t_min, 1.0)
-    probes = divergence.probes(x.shape, x.dtype, RandomSource(seed, x.device, x.shape[0]))
+    ends = (sde.t_min, model.flow_end)
+    probes = divergence.probes(x.shape, x.dtype, RandomSource(seed, x.device, x.shape[0], salt=1))
 
     def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         chosen = take_rows(cond, rows)
@@ -94,7 +92,7 @@ def log_prob(
             slope,
             x / expand(path.scale(sde.t_min), x),
             float(path.angle(sde.t_min)),
-            float(path.angle(1.0)),
+            float(path.angle(ends[1])),
             rtol=rtol,
             atol=atol,
             q_tol=10 * (rtol + atol),
@@ -103,13 +101,14 @@ def log_prob(
         )
     if bool((solution.status == ode.NOT_FINITE).any()):
         raise_if_failed(solution, path, ends)
-    latent = solution.y * expand(path.scale(1.0), x)
+    latent = solution.y * expand(path.scale(ends[1]), x)
     q = solution.q if solution.q.shape[1] else torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device)
-    rescale = d * math.log(float(path.scale(1.0)) / float(path.scale(sde.t_min)))
+    rescale = d * math.log(float(path.scale(ends[1])) / float(path.scale(sde.t_min)))
     value = model.terminal_log_prob(latent) + q.mean(1) + rescale
     value = torch.where(solution.status == ode.OK, value, torch.nan)
     if isinstance(divergence, Exact):
         stderr = torch.zeros_like(value)
     else:
         stderr = q.std(1) / math.sqrt(q.shape[1]) if q.shape[1] > 1 else torch.full_like(value, torch.nan)
+    stderr = torch.where(solution.status == ode.OK, stderr, torch.nan)
     return LogProb(value, stderr, latent, solution.nfe, solution.status)

@@ -86,14 +86,13 @@ def solve(
     q_tol: float = 1e-4,
     method: str = "tsit5",
     max_nfe: int = 10_000,
-    on_step: Callable[[float], None] | None = None,
 ) -> Solution:
     """Integrate y' = f(t, y) (and q' = r(t, y), q(t0) = 0) from t0 to t1, in either direction.
 
     Arguments: y0 (B, *); `rtol`, `atol` per step on y; `q_tol`, absolute, per step on q; `method`, one of "bosh3",
-    "dopri5", "tsit5"; `max_nfe`, evaluations per example after which it stops where it is; `on_step`, called with the
-    finished fraction of the slowest example. f is never evaluated outside [t0, t1]. Nothing is raised for examples
-    that fail: they carry a status (`STATUS_TEXT`). Raises `ValueError` for tolerances or budgets that are not positive.
+    "dopri5", "tsit5"; `max_nfe`, evaluations per example after which it stops where it is. f is never evaluated outside
+    [t0, t1]. Nothing is raised for examples that fail: they carry a status (`STATUS_TEXT`). Raises `ValueError` for
+    tolerances or budgets that are not positive.
     """
     tableau = TABLEAUX[checks.choice(method, TABLEAUX, "Runge-Kutta method")]
     for name, value in (("rtol", rtol), ("atol", atol), ("q_tol", q_tol)):
@@ -137,8 +136,6 @@ def solve(
                 for name in ("y", "q", "t", "nfe", "status"):
                     getattr(out, name)[b.rows[done]] = getattr(b, name)[done]
                 b.keep(running.nonzero().squeeze(1))
-            if on_step is not None and b.rows.numel():
-                on_step(float(((b.t - t0) * direction).min()) / span)
     return out
 
 

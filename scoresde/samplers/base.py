@@ -55,6 +55,12 @@ class Sampler(ABC):
         """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""
         t, s = times[:-1], times[1:]
         columns = [c.tolist() for c in self.coefficients(sde, t, s)]
+        for i, row in enumerate(zip(*columns, strict=True)):
+            if not all(math.isfinite(c) for c in row):
+                raise ValueError(
+                    f"{type(self).__name__} is undefined for {type(sde).__name__} on the step from t = {float(t[i]):g} to "
+                    f"{float(s[i]):g}; keep the grid within [{sde.t_min:g}, {sde.t_max:g}]."
+                )
         keys = zip(t.tolist(), s.tolist(), strict=True)
         rows = zip(*columns, strict=True) if columns else ((),) * t.numel()
         return State(dict(zip(keys, rows, strict=True)))
@@ -196,6 +202,6 @@ class _Watch:
         if not rows:  # finite entries whose sum overflows
             return
         raise checks.NonFiniteError(
-            f"NaN or infinity after step {step}, which started at t = {t:.6g}, in {len(rows)} of {x.shape[0]} samples, "
-            f"rows {checks.rows_text(rows)}. Check the network at that t; if the network is finite there, use more steps."
+            f"NaN or infinity in step {step}, which began at t = {t:.6g}, in {len(rows)} of {x.shape[0]} samples, "
+            f"rows {checks.rows_text(rows)}. Check the network from that t on; if the network is finite there, use more steps."
         )

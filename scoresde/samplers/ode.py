@@ -51,6 +51,7 @@ class ProbabilityFlow(Sampler):
     ) -> Tensor:
         if x.shape[0] == 0:
             return x
+        t, s = min(t, model.flow_end), min(s, model.flow_end)
         path = AnglePath(model.sde, model.sigma_data)
         ends = (min(s, t), max(s, t))
 
@@ -81,7 +82,8 @@ def raise_if_failed(solution: ode.Solution, path: AnglePath, ends: tuple[float, 
     t = float(path.time(solution.t[rows[0]], *ends))
     text = (
         f"the ODE solve failed in {len(rows)} of {solution.status.numel()} samples, rows {checks.rows_text(rows)}: "
-        f"{ode.STATUS_TEXT[worst]}; row {rows[0]} stopped at t = {t:.6g} after step evaluations {int(solution.nfe[rows[0]])}."
+        f"{ode.STATUS_TEXT[worst]}; row {rows[0]} stopped at the step from t = {t:.6g}, "
+        f"after {int(solution.nfe[rows[0]])} evaluations."
     )
     if worst == ode.NOT_FINITE:
         raise checks.NonFiniteError(text + " Check the network's output at that t.")

@@ -1,7 +1,17 @@
 """Training on one device or many."""
 
 from scoresde.train.checkpoint import options_of
-from scoresde.train.loop import Result, TrainingStopped, build_model, load_splits, train
+from scoresde.train.loop import Result, TrainingInterrupted, TrainingStopped, build_model, load_splits, train
 from scoresde.train.options import PRESETS, TrainOptions
 
-__all__ = ["PRESETS", "Result", "TrainOptions", "TrainingStopped", "build_model", "load_splits", "options_of", "train"]
+__all__ = [
+    "PRESETS",
+    "Result",
+    "TrainOptions",
+    "TrainingInterrupted",
+    "TrainingStopped",
+    "build_model",
+    "load_splits",
+    "options_of",
+    "train",
+]

@@ -38,17 +38,6 @@ def folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-def check_writable(run: Path) -> None:
-    """Fail before any work is done where the run's folder cannot be written. Raises `PermissionError` naming it."""
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run / "checkpoints" / f".probe-{os.getpid()}.tmp"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as e:
-        raise PermissionError(f"cannot write to {run} ({e.strerror or e}); choose another folder with --out.") from e
-
-
 def save(
     run: Path,
     model: ScoreModel,

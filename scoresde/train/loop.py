@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from scoresde.checks import NonFiniteError
 from scoresde.data import LABELS, Images, augmented, digits, load_images
-from scoresde.likelihood import dequantize
-from scoresde.likelihood.elbo import elbo
+from scoresde.likelihood import bits_from_nats, dequantize, elbo
 from scoresde.losses import denoising_loss, mean_weight
 from scoresde.model import ScoreModel, ScoreNet
 from scoresde.nets import UNet
@@ -31,7 +30,7 @@ from scoresde.progress import bar
 from scoresde.quantized import QuantizedScoreNet
 from scoresde.rng import derive
 from scoresde.sde import SDES
-from scoresde.store import save_model
+from scoresde.store import check_writable, save_model
 from scoresde.train import checkpoint
 from scoresde.train.checkpoint import Progress
 from scoresde.train.options import TrainOptions
@@ -42,6 +41,10 @@ NAN_PATIENCE = 10
 
 class TrainingStopped(RuntimeError):
     """Training ended early; the message says why, what is saved and how to go on."""
+
+
+class TrainingInterrupted(TrainingStopped):
+    """A person stopped it."""
 
 
 @dataclass
@@ -56,7 +59,12 @@ class Result:
 def load_splits(options: TrainOptions) -> tuple[Images, Images]:
     """(train, validation): the digits' own split, or a seeded one of any other data."""
     if options.data == "digits":
-        return digits("train"), digits("validation")
+        images = digits("train"), digits("validation")
+        if options.levels not in (None, images[0].levels):
+            raise ValueError(f"the digits have {images[0].levels} levels, got levels={options.levels}.")
+        return images
+    if options.data.startswith("digits:"):
+        raise ValueError(f"train on data=digits, which takes its own training split, not on {options.data!r}.")
     whole = load_images(options.data, options.levels)
     n = max(1, round(options.validation_fraction * len(whole)))
     if n >= len(whole):
@@ -149,7 +157,7 @@ def train(
     run = Path(run)
     saved = _find(run, options, resume)
     train_images, validation = load_splits(options)
-    checkpoint.check_writable(run)
+    check_writable(run / "checkpoints")
     accelerator = Accelerator(cpu=_use_cpu(device))
     model = build_model(options, train_images)
     if len(model.event_shape) == 3:
@@ -218,7 +226,7 @@ def train(
                 save()
             if interrupted():
                 save()
-                raise TrainingStopped(
+                raise TrainingInterrupted(
                     f"interrupted at step {state.step} of {options.steps}; saved in {run}. "
                     f"Go on with: scoresde train --resume true --out {run}"
                 )
@@ -333,8 +341,7 @@ def _evaluate(model: ScoreModel, images: Images, state: Progress) -> dict[str, f
     noise = torch.Generator().manual_seed(0)
     x = dequantize(images.values, images.levels, model.value_range, torch.rand(images.values.shape, generator=noise))
     result = elbo(model, x.to(device), draws=16, seed=1)
-    d, (low, high) = math.prod(images.event_shape), model.value_range
-    bits = -(result.value + d * math.log((high - low) / images.levels)) / (d * math.log(2))
+    bits = bits_from_nats(result.value, math.prod(images.event_shape), images.levels, model.value_range)
     return {
         "step": state.step,
         "bits_per_dim": float(bits.mean()),
@@ -346,10 +353,18 @@ def _evaluate(model: ScoreModel, images: Images, state: Progress) -> dict[str, f
 @contextmanager
 def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """The global generators at `seed` inside, as they were outside."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = [g.get_state() for g in generators]
+    try:
+        for g in generators:
+            g.manual_seed(seed)
         yield
+    finally:
+        for g, state in zip(generators, before, strict=True):
+            g.set_state(state)
 
 
 @contextmanager
