@@ -25,7 +25,7 @@ def test_tiles_are_where_they_should_be():
     gaps = np.ones_like(board, dtype=bool)
     for i in range(5):
         gaps[(i // 2) * 3 + 1 : (i // 2) * 3 + 3, (i % 2) * 4 + 1 : (i % 2) * 4 + 4] = False
-    assert np.array_equal(board[gaps], np.full(gaps.sum(), 0.85))
+    assert np.array_equal(board[gaps], np.full(gaps.sum(), plots.GAP))
 
 
 def test_colour_tiles_and_integers():
