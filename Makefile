@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv
 	$(BIN)/scoresde demo --overwrite true
 
+# one thread for each of the two processes: more would only wait for each other
 test: .venv
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv
 	$(BIN)/ruff check .
