@@ -91,6 +91,8 @@ def sample(
     model.check_event(shape[1:])
     if return_log_prob and not isinstance(chosen, ProbabilityFlow):
         raise ValueError("return_log_prob needs the probability flow: use method='ode'.")
+    if return_log_prob and denoise_final:
+        raise ValueError("return_log_prob is the density of samples at t_min; it does not go with denoise_final=True.")
     times = time_grid(chosen, model.sde, steps, grid)
     start, end = float(times[0]), float(times[-1])
     if return_log_prob and end != model.sde.t_min:

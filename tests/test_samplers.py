@@ -640,6 +640,8 @@ def test_grids_that_leave_out_an_end():
     assert sample(model, (2, 2), method="ddim", grid=[0.5, 0.1], x_init=torch.zeros(2, 2)).shape == (2, 2)
     with pytest.raises(ValueError, match=r"grid ends at t = 0\.5"):
         sample(model, (2, 2), method="ode", grid=[1.0, 0.5], return_log_prob=True)
+    with pytest.raises(ValueError, match="denoise_final"):
+        sample(model, (2, 2), method="ode", denoise_final=True, return_log_prob=True)
 
 
 def test_grids_where_a_method_is_undefined():

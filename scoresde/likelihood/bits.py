@@ -84,12 +84,13 @@ def bits_per_dim(
     """Upper bound on the bits/dim of integer data 0..levels-1 under the model, by the probability-flow ODE.
 
     Arguments: `data`, integers (N, *), or a loader of such batches (of tuples: their first entry); `levels`, by default
-    what the model was trained on, 256 for a model that does not say; `value_range`, where the levels lie in the model's
+    what the model was trained on, 256 for a model that does not say (refused where the data only reach below 64);
+    `value_range`, where the levels lie in the model's
     space, by default the model's; `cond`, conditions for all N (tensor data only); `seed`: example i draws its noise
     from (seed, i), so results do not depend on `batch_size`. The rest as in `log_prob`.
 
     Raises `TypeError` for floating-point data, `ValueError` for values outside 0..levels-1 (naming minimum and
-    maximum), for `levels` other than the model's, and for an empty set.
+    maximum), for `levels` other than the model's or missing where they are needed, and for an empty set.
     """
     checks.choice(dequantization, DEQUANTIZATIONS, "dequantization")
     checks.positive_int(batch_size, "batch_size")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette: distinguishable with every common colour vision
 GAP = 0.15  # between tiles, light where 0 is drawn white
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 def _figure(width: float, height: float) -> Figure:
