@@ -10,6 +10,7 @@ nats = log_prob(model, x).value
 from scoresde._version import __version__
 from scoresde.checks import NonFiniteError
 from scoresde.interop import load
+from scoresde.latents import decode, encode, interpolate, slerp
 from scoresde.likelihood import (
     BitsPerDim,
     Divergence,
@@ -24,7 +25,7 @@ from scoresde.losses import denoising_loss
 from scoresde.mixture import DiffusedMixture, GaussianMixture
 from scoresde.model import ScoreModel, ScoreNet
 from scoresde.quantized import QuantizedScoreNet
-from scoresde.sample import METHODS, decode, encode, sample
+from scoresde.sample import METHODS, sample
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE
 
 __all__ = [
@@ -53,7 +54,9 @@ __all__ = [
     "denoising_loss",
     "elbo",
     "encode",
+    "interpolate",
     "load",
     "log_prob",
     "sample",
+    "slerp",
 ]

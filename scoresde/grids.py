@@ -1,6 +1,7 @@
 """Time grids: functions from an SDE and a number of steps to decreasing float64 times, t_max first, t_min last.
 
-Layer 1. Any sampler runs on any grid.
+Layer 1. Any sampler runs on any grid. Every grid takes `t_max`, an earlier start than the process' own (few-step samplers
+gain by it: at high noise the denoiser is the data's mean and there is little to be asked).
 """
 
 from __future__ import annotations
@@ -14,31 +15,49 @@ from torch import Tensor
 from scoresde import checks
 from scoresde.sde import SDE
 
-Grid: TypeAlias = "Callable[[SDE, int], Tensor]"
+Grid: TypeAlias = "Callable[..., Tensor]"
 
 
-def uniform_time(sde: SDE, steps: int) -> Tensor:
+def uniform_time(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times equally spaced in t."""
-    checks.positive_int(steps, "steps")
-    return torch.linspace(sde.t_max, sde.t_min, steps + 1, dtype=torch.float64)
+    high, low = _ends(sde, steps, t_max).tolist()
+    return torch.linspace(high, low, steps + 1, dtype=torch.float64)
 
 
-def uniform_log_snr(sde: SDE, steps: int) -> Tensor:
+def uniform_log_snr(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times equally spaced in log-SNR."""
-    checks.positive_int(steps, "steps")
-    ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+    ends = _ends(sde, steps, t_max)
     low, high = sde.log_snr(ends).tolist()
-    return _with_ends(sde.time(torch.linspace(low, high, steps + 1, dtype=torch.float64)), sde)
+    return _with_ends(sde.time(torch.linspace(low, high, steps + 1, dtype=torch.float64)), ends)
 
 
-def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
+def karras(sde: SDE, steps: int, rho: float = 7.0, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times with (sigma/alpha)^(1/rho) equally spaced (Karras et al. 2022, equation 5)."""
-    checks.positive_int(steps, "steps")
     checks.positive(rho, "rho")
-    ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+    ends = _ends(sde, steps, t_max)
     high, low = torch.exp(-0.5 * sde.log_snr(ends) / rho).tolist()
     warped = torch.linspace(high, low, steps + 1, dtype=torch.float64)
-    return _with_ends(sde.time(-2 * rho * torch.log(warped)), sde)
+    return _with_ends(sde.time(-2 * rho * torch.log(warped)), ends)
+
+
+def angle(sde: SDE, steps: int, scale: float = 1.0, *, t_max: float | None = None) -> Tensor:
+    """steps + 1 times with arctan(sigma / (alpha scale)) equally spaced; `scale`: standard deviation of the data.
+
+    For a variance-preserving process and scale 1 these are the equal angles of the cosine schedule (Nichol & Dhariwal 2021).
+    """
+    checks.positive(scale, "scale")
+    ends = _ends(sde, steps, t_max)
+    high, low = torch.atan(torch.exp(-0.5 * sde.log_snr(ends)) / scale).tolist()
+    theta = torch.linspace(high, low, steps + 1, dtype=torch.float64)
+    return _with_ends(sde.time(-2 * torch.log(scale * torch.tan(theta))), ends)
+
+
+def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
+    """steps + 1 times t_min + (t_max - t_min) (1 - cos(pi u / 2)), u equally spaced: dense towards the data."""
+    ends = _ends(sde, steps, t_max)
+    high, low = ends.tolist()
+    u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    return _with_ends(low + (high - low) * (1 - torch.cos(0.5 * torch.pi * u)), ends)
 
 
 def given(times: Sequence[float] | Tensor) -> Grid:
@@ -49,7 +68,9 @@ def given(times: Sequence[float] | Tensor) -> Grid:
             f"a time grid must decrease strictly within [0, 1] and have at least two times, got {t.tolist()}."
         )
 
-    def grid(sde: SDE, steps: int) -> Tensor:
+    def grid(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
+        if t_max is not None:
+            raise ValueError("t_max does not go with given times: leave out the times above it.")
         if steps != t.numel() - 1:
             raise ValueError(f"the given grid has {t.numel() - 1} steps, asked for {steps}.")
         return t
@@ -57,8 +78,17 @@ def given(times: Sequence[float] | Tensor) -> Grid:
     return grid
 
 
-def _with_ends(t: Tensor, sde: SDE) -> Tensor:
-    """The same grid with its two ends exactly t_max and t_min (the inverse log-SNR rounds)."""
+def _ends(sde: SDE, steps: int, t_max: float | None) -> Tensor:
+    """(t_max, t_min) after checks; `t_max` None for the process' own."""
+    checks.positive_int(steps, "steps")
+    high = sde.t_max if t_max is None else float(t_max)
+    if not sde.t_min < high <= sde.t_max:
+        raise ValueError(f"t_max must lie in ({sde.t_min:g}, {sde.t_max:g}], got {t_max}.")
+    return torch.tensor([high, sde.t_min], dtype=torch.float64)
+
+
+def _with_ends(t: Tensor, ends: Tensor) -> Tensor:
+    """The same grid with its two ends exact (the inverse log-SNR rounds)."""
     t = t.clone()
-    t[0], t[-1] = sde.t_max, sde.t_min
+    t[0], t[-1] = ends
     return t

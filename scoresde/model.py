@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import checks
+from scoresde.bound import Bound, BoundNet, call_network, denoiser_affine, network_result
 from scoresde.modes import device_of
 from scoresde.sde import SDE, expand
 
@@ -65,6 +66,20 @@ class ScoreModel(nn.Module, ABC):
         t = self.time_of(t, x)
         denoised, noise = self.predict(x, t, cond)  # both, since either alone cancels at one end
         return expand(self.sde.alpha_dot(t), x) * denoised + expand(self.sde.sigma_dot(t), x) * noise
+
+    # -- for solvers: one affine function of one raw output -------------------------------------------------------
+
+    def output(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        """The raw output F that `affine` turns into D and eps_hat: here the denoiser itself."""
+        return self.denoise(x, t, cond)
+
+    def affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(a, b, c, e) for float64 times t, any shape, with D = a x + b F and eps_hat = c x + e F."""
+        return denoiser_affine(self.sde, t)
+
+    def bound(self, x: Tensor, times: Tensor) -> Bound:
+        """This model prepared for a solve of states like x (B, *) through float64 `times` (N,)."""
+        return Bound(self, x, times)
 
     @property
     def flow_end(self) -> float:
@@ -135,20 +150,6 @@ def check_input(model: Any, x: Any, cond: Any = None, name: str = "x") -> None:
         raise ValueError(f"{name} is on {x.device}, the model on {home}; move one with .to({str(home)!r}).")
 
 
-def call_network(net: nn.Module, x: Tensor, label: Tensor, cond: Any) -> Tensor:
-    """net(x, label) or net(x, label, cond) in the network's own dtype, the result back in x's dtype.
-
-    The noise label (B,) stays float32 at least: bfloat16 would round 999.5 to 1000.
-    """
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), x.dtype)
-    label = label.to(torch.float64 if dtype == torch.float64 else torch.float32).expand(x.shape[0])
-    inputs = (x.to(dtype), label) if cond is None else (x.to(dtype), label, cond)
-    out = net(*inputs)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the network must return a tensor, got {type(out).__name__}.")
-    return out.to(x.dtype)
-
-
 class ScoreNet(ScoreModel):
     """A network `net(x, label)` or `net(x, label, cond)` under one of five parameterizations.
 
@@ -190,14 +191,25 @@ class ScoreNet(ScoreModel):
         divides_by_alpha = self.parameterization in ("noise", "score")
         return self.sde.t_max if divides_by_alpha and float(self.sde.alpha(1.0)) == 0.0 else 1.0
 
-    def _output(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        if self.parameterization == "edm":
-            alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-            scale = torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
-            out = call_network(self.net, expand(scale, x) * x, -self.sde.log_snr(t) / 8, cond)
-        else:
-            out = call_network(self.net, x, t, cond)
-        return checks.same_shape(out, x.shape, "the network's output")
+    def inputs(self, t: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What the network is given at times t: the factor of x (None for 1) and the noise label."""
+        if self.parameterization != "edm":
+            return None, t
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        return torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2), -self.sde.log_snr(t) / 8
+
+    def output(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        scale, label = self.inputs(self.time_of(t, x))
+        out = call_network(self.net, x if scale is None else expand(scale, x) * x, label, cond)
+        return network_result(out, x)
+
+    def bound(self, x: Tensor, times: Tensor) -> Bound:
+        if type(self).denoise is not ScoreNet.denoise:  # a subclass changed what the network's output means
+            return Bound(self, x, times, plain=True)
+        return BoundNet(self, x, times)
+
+    def affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return tuple(torch.zeros_like(t) if v is None else v for v in self._coefficients(t))
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
         """(a, b, c, e) with D = a x + b F and eps = c x + e F for the network's output F; None stands for 0.
@@ -224,28 +236,28 @@ class ScoreNet(ScoreModel):
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         t = self.time_of(t, x)
         a, b, _, _ = self._coefficients(t)
-        return _combine(a, x, b, self._output(x, t, cond))
+        return _combine(a, x, b, self.output(x, t, cond))
 
     def noise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         t = self.time_of(t, x)
         _, _, c, e = self._coefficients(t)
-        return _combine(c, x, e, self._output(x, t, cond))
+        return _combine(c, x, e, self.output(x, t, cond))
 
     def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
         t = self.time_of(t, x)
         a, b, c, e = self._coefficients(t)
-        out = self._output(x, t, cond)
+        out = self.output(x, t, cond)
         return _combine(a, x, b, out), _combine(c, x, e, out)
 
     def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         if self.parameterization == "score":
-            return self._output(x, self.time_of(t, x), cond)
+            return self.output(x, self.time_of(t, x), cond)
         return super().score(x, t, cond)
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         t = self.time_of(t, x)
         if self.parameterization == "velocity":
-            return self._output(x, t, cond)
+            return self.output(x, t, cond)
         if self.parameterization in ("noise", "score"):
             # alpha'/alpha x + (sigma' - sigma alpha'/alpha) eps: the form that never divides by sigma
             rate = self.sde.alpha_dot(t) / self.sde.alpha(t)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import checks
-from scoresde.model import ScoreModel, call_network
+from scoresde.bound import call_network
+from scoresde.model import ScoreModel
 from scoresde.sde import SDE, expand
 
 _ROOT = 0.5**0.5

@@ -1,43 +1,76 @@
-"""`sample`, `encode` and `decode`: the public way to the samplers. Layer 3."""
+"""`sample`: the public way to the samplers. Layer 3."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.flow import AnglePath
 from scoresde.grids import Grid
 from scoresde.likelihood.log_prob import log_prob
-from scoresde.model import ScoreModel, check_cond, check_input, require_model
+from scoresde.model import ScoreModel, check_cond, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.samplers import (
     DDIM,
     Ancestral,
+    AnnealedLangevin,
+    Data,
+    ErSde,
     EulerMaruyama,
+    FlowEuler,
     Heun,
+    Multistep,
     PredictorCorrector,
     ProbabilityFlow,
     ReverseDiffusion,
     Sampler,
-    State,
+    Singlestep,
+    StochasticHeun,
+    Tau,
     run,
+    steps_within,
     time_grid,
 )
 
-METHODS: dict[str, type[Sampler]] = {
+METHODS: dict[str, Callable[[], Sampler]] = {
+    # stochastic
     "pc": PredictorCorrector,
-    "ode": ProbabilityFlow,
     "euler": EulerMaruyama,
     "reverse-diffusion": ReverseDiffusion,
     "ancestral": Ancestral,
+    "langevin": AnnealedLangevin,
+    "edm": StochasticHeun,
+    "sde-dpm++2m": partial(Multistep, Data(Tau()), 2, pair="midpoint", default_steps=50),
+    "sde-dpm++3m": partial(Multistep, Data(Tau()), 3, default_steps=50),
+    "sa-solver": partial(Multistep, Data(Tau(1.0, 0.05, 1.0)), 3, corrector=3, default_steps=50),
+    "er-sde": partial(Multistep, Data(ErSde()), 3, variable="ratio", default_steps=50),
+    # deterministic, a fixed number of steps
+    "flow-euler": FlowEuler,
     "ddim": DDIM,
     "heun": Heun,
+    "dpm2": partial(Singlestep, "noise", "midpoint"),
+    "dpm3": partial(Singlestep, "noise", "third"),
+    "dpm++2s": partial(Singlestep, "data", "midpoint"),
+    "dpm++": partial(Multistep, "data", 2, pair="midpoint"),
+    "dpm++2m": partial(Multistep, "data", 2, pair="midpoint"),
+    "dpm++3m": partial(Multistep, "data", 3),
+    "unipc2": partial(Multistep, "data", 2, corrector=3, pair="midpoint"),
+    "unipc3": partial(Multistep, "data", 3, corrector=4, pair="midpoint"),
+    "deis": partial(Multistep, "noise", 3, variable="time"),
+    "ipndm": partial(Multistep, "noise", 4, variable="index"),
+    "lms": partial(Multistep, "noise", 3, variable="ratio"),
+    "adams-noise": partial(Multistep, "noise", 3),
+    "adams-angle": partial(Multistep, "angle", 3),
+    # deterministic, adaptive
+    "ode": ProbabilityFlow,
 }
 
 
@@ -56,12 +89,14 @@ def sample(
     *,
     method: str | Sampler = "pc",
     steps: int | None = None,
+    nfe: int | None = None,
     seed: Seed = None,
     cond: Any = None,
     x_init: Tensor | None = None,
     progress: bool = False,
     return_log_prob: bool = False,
     grid: Grid | Tensor | None = None,
+    t_max: float | None = None,
     trajectory: Callable[[float, Tensor], None] | None = None,
     denoise_final: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,6 +106,7 @@ def sample(
         shape: (B, *event), the batch first; B = 0 gives an empty tensor.
         method: a name of `METHODS` or a `Sampler` object.
         steps: intervals of the time grid; the method's default if None.
+        nfe: in place of `steps`, evaluations of the network in all, the final denoiser included.
         seed: None, an int, a `torch.Generator`, or one int per sample; with one per sample a sample does not depend
             on the batch it is drawn in.
         cond: handed to the network unchanged.
@@ -78,6 +114,8 @@ def sample(
         progress: show a progress bar.
         return_log_prob: also return log densities of the samples in nats, (B,) (deterministic methods: "ode").
         grid: a function of `scoresde.grids`, or decreasing times, in place of the method's own.
+        t_max: start at this time in place of the process' own, from N(0, alpha^2 sigma_data^2 + sigma^2), the marginal
+            there of Gaussian data (for a sigma_max: t_max = float(sde.time(-2 * math.log(sigma_max)))).
         trajectory: called with (t, x) at every time of the grid, for example a `samplers.Trajectory()`.
         denoise_final: end with the denoiser at t_min; None leaves the method's own rule.
 
@@ -93,16 +131,20 @@ def sample(
         raise ValueError("return_log_prob needs the probability flow: use method='ode'.")
     if return_log_prob and denoise_final:
         raise ValueError("return_log_prob is the density of samples at t_min; it does not go with denoise_final=True.")
-    times = time_grid(chosen, model.sde, steps, grid)
+    if nfe is not None:
+        if steps is not None:
+            raise ValueError(f"pass steps or nfe, not both; got steps={steps} and nfe={nfe}.")
+        steps = steps_within(chosen, nfe, denoise_final)
+    times = time_grid(chosen, model.sde, steps, grid, t_max)
     start, end = float(times[0]), float(times[-1])
     if return_log_prob and end != model.sde.t_min:
         raise ValueError(
             f"return_log_prob answers for samples at t_min = {model.sde.t_min:g}, but the grid ends at t = {end:g}."
         )
-    if x_init is None and start < model.sde.t_max:
+    if x_init is None and t_max is None and start < model.sde.t_max:
         raise ValueError(
             f"the grid starts at t = {start:g}, before the prior at t_max = {model.sde.t_max:g}; pass x_init, the state "
-            "there, for example sde.perturb(data, t, noise)."
+            "there, for example sde.perturb(data, t, noise), or t_max to draw it from a Gaussian."
         )
     check_cond(cond, shape[0])
     device, dtype = device_of(model), dtype_of(model)
@@ -111,7 +153,11 @@ def sample(
         checks.finite(x_init, "x_init")
         dtype = torch.promote_types(dtype, x_init.dtype)
     noise = RandomSource(seed, device, shape[0])
-    x = model.sde.prior_std * noise.normal(shape, dtype) if x_init is None else x_init.to(device, dtype, copy=True)
+    if x_init is None:
+        scale = model.sde.prior_std if t_max is None else float(AnglePath(model.sde, model.sigma_data).scale(start))
+        x = scale * noise.normal(shape, dtype)
+    else:
+        x = x_init.to(device, dtype, copy=True)
     with evaluating(model):
         if shape[0]:
             x = run(
@@ -129,25 +175,6 @@ def sample(
         return x
     result = log_prob(model, x, rtol=chosen.rtol, atol=chosen.atol, method=chosen.method, cond=cond, seed=seed)
     return x, result.value
-
-
-def encode(model: ScoreModel, x: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5, cond: Any = None) -> Tensor:
-    """The latent at t = 1 of data x (B, *), by the probability flow; `decode` inverts it up to the tolerances."""
-    check_input(model, x, cond)
-    return _flow(model, x, model.sde.t_min, 1.0, rtol, atol, cond)
-
-
-def decode(model: ScoreModel, z: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5, cond: Any = None) -> Tensor:
-    """The data at t_min of a latent z (B, *) at t = 1, by the probability flow."""
-    check_input(model, z, cond, "z")
-    return _flow(model, z, 1.0, model.sde.t_min, rtol, atol, cond)
-
-
-def _flow(model: ScoreModel, x: Tensor, start: float, end: float, rtol: float, atol: float, cond: Any) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sampler = ProbabilityFlow(rtol=rtol, atol=atol)
-    with evaluating(model):
-        return sampler.step(model, x, start, end, State(), RandomSource(0, x.device, x.shape[0]), cond)
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ LAYERS = (
     ("checks", "rng", "modes", "progress"),
     ("ode", "nets"),
     ("sde", "grids"),
-    ("model", "quantized", "mixture", "losses", "flow"),
-    ("samplers", "likelihood", "sample", "guidance", "metrics", "store"),
+    ("bound", "model", "quantized", "mixture", "losses", "flow"),
+    ("samplers", "latents", "likelihood", "sample", "guidance", "metrics", "store"),
     ("data", "train", "interop", "plots"),
     ("cli",),
 )

@@ -1,25 +1,41 @@
 """Samplers: objects that take x from one time to an earlier one, and the loop that runs them."""
 
-from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, run, time_grid, transition
-from scoresde.samplers.corrector import Langevin, PredictorCorrector
-from scoresde.samplers.heun import Heun
-from scoresde.samplers.linear import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
+from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, run, steps_within, time_grid, transition
+from scoresde.samplers.corrector import AnnealedLangevin, Langevin, PredictorCorrector
+from scoresde.samplers.exponential import Angle, Data, ErSde, Noise, Prediction, Tau
+from scoresde.samplers.heun import Heun, StochasticHeun
+from scoresde.samplers.linear import DDIM, Ancestral, EulerMaruyama, FlowEuler, Hold, ReverseDiffusion
+from scoresde.samplers.multistep import Multistep
 from scoresde.samplers.ode import ProbabilityFlow
+from scoresde.samplers.singlestep import Singlestep
 
 __all__ = [
     "DDIM",
     "Ancestral",
+    "Angle",
+    "AnnealedLangevin",
+    "Data",
+    "ErSde",
     "EulerMaruyama",
+    "FlowEuler",
     "Heun",
+    "Hold",
     "Langevin",
     "LinearSampler",
+    "Multistep",
+    "Noise",
+    "Prediction",
     "PredictorCorrector",
     "ProbabilityFlow",
     "ReverseDiffusion",
     "Sampler",
+    "Singlestep",
     "State",
+    "StochasticHeun",
+    "Tau",
     "Trajectory",
     "run",
+    "steps_within",
     "time_grid",
     "transition",
 ]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.bound import Bound
 from scoresde.grids import Grid, given, uniform_time
 from scoresde.model import ScoreModel
 from scoresde.progress import bar
@@ -43,7 +44,7 @@ class Sampler(ABC):
 
     Attributes: `default_steps`; `grid`, the time grid used unless another is given; `denoise_final`, whether the loop
     ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
-    `nfe_per_step`, evaluations of the network per step.
+    `nfe_per_step`, evaluations of the network per step (0: as many as its tolerances need).
     """
 
     default_steps: int = 100
@@ -51,9 +52,9 @@ class Sampler(ABC):
     grid: Grid = staticmethod(uniform_time)
     denoise_final: bool = True
 
-    def start(self, sde: SDE, times: Tensor) -> State:
+    def start(self, model: ScoreModel, times: Tensor) -> State:
         """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""
-        t, s = times[:-1], times[1:]
+        sde, t, s = model.sde, times[:-1], times[1:]
         columns = [c.tolist() for c in self.coefficients(sde, t, s)]
         for i, row in enumerate(zip(*columns, strict=True)):
             if not all(math.isfinite(c) for c in row):
@@ -98,8 +99,22 @@ class LinearSampler(Sampler):
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
         a, b, c = self.lookup(model, state, t, s)
-        x = torch.add(a * x, model.denoise(x, t, cond), alpha=b)
+        p, q, _, _ = affine_at(model, t)
+        x = torch.mul(x, a + b * p).add_(model.output(x, t, cond), alpha=b * q)
         return x.add_(noise.normal(x.shape, x.dtype), alpha=c) if c else x
+
+
+def affine_at(model: ScoreModel | Bound, t: float) -> tuple[float, float, float, float]:
+    """(a, b, c, e) at one time as numbers: looked up in a bound model, computed for another."""
+    if isinstance(model, Bound):
+        return model.at(t)[:4]
+    return tuple(float(v) for v in model.affine(torch.tensor(t, dtype=torch.float64)))
+
+
+def prepare(model: ScoreModel | Bound, times: Tensor) -> None:
+    """Tell a bound model of evaluations at float64 `times` (N,) that are not on the grid."""
+    if isinstance(model, Bound):
+        model.prepare(times)
 
 
 def transition(sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +135,9 @@ class Trajectory:
         self.states.append(x.clone())
 
 
-def time_grid(sampler: Sampler, sde: SDE, steps: int | None, grid: Grid | Tensor | None = None) -> Tensor:
+def time_grid(
+    sampler: Sampler, sde: SDE, steps: int | None, grid: Grid | Tensor | None = None, t_max: float | None = None
+) -> Tensor:
     """The decreasing float64 times of a solve. Raises `ValueError` for steps < 1 or a grid that does not decrease."""
     unset = steps is None
     steps = sampler.default_steps if unset else checks.positive_int(steps, "steps")
@@ -128,12 +145,33 @@ def time_grid(sampler: Sampler, sde: SDE, steps: int | None, grid: Grid | Tensor
     if isinstance(grid, (Tensor, list, tuple)):
         grid, whole = given(grid), len(grid) - 1
         steps = whole if unset else steps
-    times = grid(sde, steps)
+    times = grid(sde, steps) if t_max is None else grid(sde, steps, t_max=t_max)
     if not bool((times[1:] < times[:-1]).all()):
         raise ValueError(
             f"the time grid of {steps} steps does not decrease strictly (two times coincide in float64); use fewer steps."
         )
     return times
+
+
+def steps_within(sampler: Sampler, nfe: int, denoise_final: bool | None) -> int:
+    """The number of steps that costs exactly `nfe` network evaluations, the final denoiser included.
+
+    Raises `ValueError` where there is none, naming the nearest budgets that there are.
+    """
+    checks.positive_int(nfe, "nfe")
+    each, final = sampler.nfe_per_step, int(sampler.denoise_final if denoise_final is None else denoise_final)
+    name = type(sampler).__name__
+    if each < 1:
+        raise ValueError(f"{name} chooses its own number of network evaluations; set its tolerances instead of nfe.")
+    steps, left = divmod(nfe - final, each)
+    if steps < 1 or left:
+        low = max(steps, 1) * each + final
+        fits = f"{low}" if low > nfe else f"{low} or {low + each}"
+        raise ValueError(
+            f"{name} costs {each} evaluations a step{' and one for the final denoiser' if final else ''}, so nfe = {nfe} "
+            f"cannot be met exactly; ask for {fits}{', or pass denoise_final=False' if final else ''}."
+        )
+    return steps
 
 
 def run(
@@ -154,7 +192,8 @@ def run(
     the loop, so that no step waits for the host.
     """
     steps = times.numel() - 1
-    state = sampler.start(model.sde, times)
+    model = model.bound(x, times)
+    state = sampler.start(model, times)
     points = times.tolist()
     watch = _Watch(x.device)
     final = int(sampler.denoise_final if denoise_final is None else denoise_final)
@@ -170,31 +209,34 @@ def run(
             if trajectory is not None:
                 trajectory(points[min(i + 1, steps)], x)
             ticks.update()
-    watch.finish(x)
+    watch.read(x)
     return x
 
 
 class _Watch:
-    """Notices NaN and infinity: at once on a CPU, after the loop on a device that runs ahead of the host."""
+    """Notices NaN and infinity from one sum per step, read every few steps on a CPU and after the loop elsewhere."""
+
+    every = 16
 
     def __init__(self, device: torch.device):
-        self.wait = device.type != "cpu"
+        self.patience = self.every if device.type == "cpu" else math.inf  # a device that runs ahead is never waited for
         self.seen: list[tuple[int, float]] = []
         self.sums: list[Tensor] = []
 
     def look(self, x: Tensor, step: int, t: float) -> None:
-        total = x.sum()  # finite if every entry is; a NaN or infinity stays in its row until the end
-        if self.wait:
-            self.seen.append((step, t))
-            self.sums.append(total)
-        elif not math.isfinite(total.item()):
-            self._fail(x, step, t)
+        self.seen.append((step, t))
+        self.sums.append(x.sum())  # finite if every entry is; a NaN or infinity stays in its row until the end
+        if len(self.sums) >= self.patience:
+            self.read(x)
 
-    def finish(self, x: Tensor) -> None:
-        if self.sums:
-            bad = (~torch.isfinite(torch.stack(self.sums))).nonzero().flatten()
-            if bad.numel():
-                self._fail(x, *self.seen[int(bad[0])])
+    def read(self, x: Tensor) -> None:
+        if not self.sums:
+            return
+        finite = torch.isfinite(torch.stack(self.sums))
+        if not bool(finite.all()):
+            self._fail(x, *self.seen[int((~finite).nonzero()[0])])
+        self.seen.clear()
+        self.sums.clear()
 
     @staticmethod
     def _fail(x: Tensor, step: int, t: float) -> None:

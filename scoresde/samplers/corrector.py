@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.grids import uniform_log_snr
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
-from scoresde.samplers.base import Sampler, State
-from scoresde.samplers.linear import ReverseDiffusion
+from scoresde.samplers.base import Sampler, State, affine_at
+from scoresde.samplers.linear import Hold, ReverseDiffusion
 from scoresde.sde import SDE, expand
 
 
@@ -20,8 +21,9 @@ class Langevin:
 
     The step size e follows from a signal-to-noise ratio r, by one of two rules:
 
-    * `rule="sigma"` (default): $e = 2 r^2 \sigma^2$, the published rule with $\|z\|/\|score\|$ at its typical value sigma.
-      It is the same for every sample, so no sample depends on its batch-mates.
+    * `rule="sigma"` (default): $e = 2 r^2 \sigma^2$, annealed Langevin dynamics (Song & Ermon 2019, algorithm 1; the "ALD"
+      corrector of Song et al. 2021): the rule below with $\|z\|/\|score\|$ at its typical value sigma. It is the same for
+      every sample, so no sample depends on its batch-mates.
     * `rule="norm"`: $e = 2 a^2 (r\,\overline{\|z\|}/\overline{\|score\|})^2$ with means over the batch, as published
       (a^2 = alpha_t^2/alpha_{t+h}^2, their 1 - beta, is taken as 1): a sample then depends on its batch.
 
@@ -41,10 +43,12 @@ class Langevin:
     ) -> Tensor:
         """x (B, *) at time t, with alpha and sigma at t, after `steps` Langevin steps."""
         for _ in range(self.steps):
-            pull = torch.add(alpha * model.denoise(x, t, cond), x, alpha=-1.0)  # sigma^2 times the score
+            p, q, _, _ = affine_at(model, t)
+            # sigma^2 times the score, alpha D - x
+            pull = torch.mul(x, alpha * p - 1.0).add_(model.output(x, t, cond), alpha=alpha * q)
             z = noise.normal(x.shape, x.dtype)
             if self.rule == "sigma":
-                x = torch.add(x, pull, alpha=2 * self.snr**2).add_(z, alpha=2 * self.snr * sigma)
+                x = pull.mul_(2 * self.snr**2).add_(x).add_(z, alpha=2 * self.snr * sigma)
             else:
                 z_norm, score_norm = _mean_norm(z), _mean_norm(pull) / sigma**2
                 # a score that is zero but for rounding says nothing of the step; sigma is its typical value
@@ -74,9 +78,9 @@ class PredictorCorrector(Sampler):
         self.grid = self.predictor.grid
         self.nfe_per_step = self.predictor.nfe_per_step + (corrector.steps if corrector else 0)
 
-    def start(self, sde: SDE, times: Tensor) -> State:
-        state = super().start(sde, times)
-        state.memory = self.predictor.start(sde, times)
+    def start(self, model: ScoreModel, times: Tensor) -> State:
+        state = super().start(model, times)
+        state.memory = self.predictor.start(model, times)
         return state
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -94,3 +98,17 @@ class PredictorCorrector(Sampler):
         if sigma == 0:  # no noise, nothing to correct
             return x
         return self.corrector.correct(model, x, s, alpha, sigma, noise, cond)
+
+
+class AnnealedLangevin(PredictorCorrector):
+    """Annealed Langevin dynamics (NCSN; Song & Ermon 2019, algorithm 1): Langevin steps alone, level after level.
+
+    The levels are equally spaced in log-SNR: for VE a geometric sequence of sigmas. Nothing carries x from one level to
+    the next but the Langevin steps themselves, so few levels need many `steps` each. Arguments as for `Langevin`.
+    """
+
+    default_steps = 200
+
+    def __init__(self, steps: int = 5, snr: float = 0.16, rule: str = "sigma"):
+        super().__init__(Hold(), Langevin(snr, steps, rule))
+        self.grid = uniform_log_snr

@@ -7,24 +7,63 @@ $\nabla\log p = (\alpha D - x)/\sigma^2$.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.samplers.base import LinearSampler, transition
+from scoresde.model import ScoreModel
+from scoresde.rng import RandomSource
+from scoresde.samplers.base import LinearSampler, Sampler, State, transition
 from scoresde.sde import SDE
 
 
 class EulerMaruyama(LinearSampler):
-    """Euler-Maruyama on the reverse SDE: x_s = x - (f x - g^2 score) h + g sqrt(h) z (Song et al. 2021, equation 6)."""
+    """Euler-Maruyama on a reverse SDE: x_s = x - (f x - (1 + eta^2)/2 g^2 score) h + eta g sqrt(h) z.
+
+    eta = 1 is Anderson's reverse SDE (Song et al. 2021, equation 6), eta = 0 the probability flow, and every eta >= 0 has
+    the same marginals (Zhang & Chen 2021, proposition 1).
+    """
 
     default_steps = 500
+
+    def __init__(self, eta: float = 1.0):
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ValueError(f"eta must be a finite number >= 0, got {eta}.")
+        self.eta = float(eta)
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         h = t - s
         f, g2 = sde.drift_scale(t), sde.diffusion(t) ** 2
-        pull = g2 * h / sde.sigma(t) ** 2
-        return 1 - f * h - pull, pull * sde.alpha(t), (g2 * h).sqrt()
+        pull = 0.5 * (1 + self.eta**2) * g2 * h / sde.sigma(t) ** 2
+        return 1 - f * h - pull, pull * sde.alpha(t), self.eta * (g2 * h).sqrt()
+
+
+class FlowEuler(LinearSampler):
+    """Euler on the probability flow in t: x_s = x + (s - t) velocity(x, t), what is used with rectified flow.
+
+    Order 1. (`DDIM` is Euler in sigma/alpha, and on rectified flow the two are the same.)
+    """
+
+    default_steps = 100
+    denoise_final = False
+
+    def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        rate = (s - t) * sde.sigma_dot(t) / sde.sigma(t)
+        return 1 + rate, (s - t) * sde.alpha_dot(t) - rate * sde.alpha(t), torch.zeros_like(t)
+
+
+class Hold(Sampler):
+    """Leaves x as it is, without a network call: the predictor of a corrector-only sampler (Song et al. 2021, table 1)."""
+
+    nfe_per_step = 0
+
+    def step(
+        self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
+    ) -> Tensor:
+        return x
 
 
 class ReverseDiffusion(LinearSampler):

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from scoresde import checks, ode
 from scoresde.flow import AnglePath, take_rows
+from scoresde.grids import uniform_time
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
 from scoresde.sde import SDE, expand
 
 
-def whole_path(sde: SDE, steps: int) -> Tensor:
+def whole_path(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
     """Uniform times from t = 1 itself, where the probability flow is finite for every SDE, to t_min."""
+    if t_max is not None:
+        return uniform_time(sde, steps, t_max=t_max)
     return torch.linspace(1.0, sde.t_min, steps + 1, dtype=torch.float64)
 
 
@@ -32,6 +35,7 @@ class ProbabilityFlow(Sampler):
     """
 
     default_steps = 1
+    nfe_per_step = 0
     denoise_final = False
     grid = staticmethod(whole_path)
 
@@ -42,9 +46,9 @@ class ProbabilityFlow(Sampler):
         self.max_nfe = checks.positive_int(max_nfe, "max_nfe")
         self.nfe = 0.0
 
-    def start(self, sde: SDE, times: Tensor) -> State:
+    def start(self, model: ScoreModel, times: Tensor) -> State:
         self.nfe = 0.0
-        return super().start(sde, times)
+        return super().start(model, times)
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None

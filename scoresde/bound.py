@@ -1,0 +1,152 @@
+r"""A model for the length of one solve: checks done, labels made and coefficients looked up once.
+
+Layer 2. A solve calls its model at a few known times. All that depends on time alone, the coefficients of the
+parameterization and the noise label, is computed before the first step, in float64, for all times at once; what is left
+of an evaluation is the network and at most two tensor operations.
+
+Every model is affine in its raw output F: $D = a\,x + b\,F$ and $\hat\epsilon = c\,x + e\,F$, with (a, b, c, e) from
+`ScoreModel.affine`. A sampler whose step is linear in D or in eps_hat multiplies its coefficients with these and pays
+for no conversion.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import checks
+
+
+class Row(NamedTuple):
+    """What one time needs: the four coefficients, the input's scale (None for 1), and the time or label, () or (B,)."""
+
+    a: float
+    b: float
+    c: float
+    e: float
+    scale: float | None
+    label: Tensor
+
+
+def denoiser_affine(sde: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(a, b, c, e) for F = D: D = F and eps_hat = (x - alpha F) / sigma."""
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    return torch.zeros_like(t), torch.ones_like(t), 1 / sigma, -alpha / sigma
+
+
+class Bound:
+    """A `ScoreModel` bound to the shape and the times of one solve; it stands for the model in `Sampler.step`.
+
+    Float times take the prepared path (others than `times` are added when they come). Tensors of times, and every
+    attribute that is not defined here, go to the model itself.
+    """
+
+    def __init__(self, model: Any, x: Tensor, times: Tensor, *, plain: bool = False):
+        self.model = model
+        self.plain = plain  # take `denoise` for the raw output, whatever `output` says
+        self.sde = model.sde
+        self.sigma_data = model.sigma_data
+        self.batch_size, self.device = x.shape[0], x.device
+        self.rows: dict[float, Row] = {}
+        self.prepare(times)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def prepare(self, times: Tensor) -> None:
+        """Rows for float64 `times` (N,) on the CPU."""
+        a, b, c, e = (v.tolist() for v in self.affine(times))
+        points = times.tolist()
+        scales, labels = self._inputs(times)
+        self.rows.update(zip(points, map(Row._make, zip(a, b, c, e, scales, labels, strict=True)), strict=True))
+
+    def _inputs(self, times: Tensor) -> tuple[list[float | None], tuple[Tensor, ...]]:
+        return [None] * len(times), times.to(self.device).unbind(0)
+
+    def at(self, t: float) -> Row:
+        """The row of time t."""
+        row = self.rows.get(t)
+        if row is None:
+            self.prepare(torch.tensor([t], dtype=torch.float64))
+            row = self.rows[t]
+        return row
+
+    def affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(a, b, c, e) at float64 times t, as `ScoreModel.affine`."""
+        return denoiser_affine(self.sde, t) if self.plain else self.model.affine(t)
+
+    def output(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
+        """The raw output F at x (B, *) and time t; same shape and dtype as x."""
+        ask = self.model.denoise if self.plain else self.model.output
+        return ask(x, self.at(t).label, cond)
+
+    def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        return self.model.denoise(x, t if isinstance(t, Tensor) else self.at(t).label, cond)
+
+
+class BoundNet(Bound):
+    """The same for a network called as net(scale x, label[, cond]), without the model's own checks in between."""
+
+    def __init__(self, model: Any, x: Tensor, times: Tensor):
+        self.net = model.net
+        self.dtype = network_dtype(model.net, x)
+        self.cast = self.dtype != x.dtype
+        super().__init__(model, x, times)
+
+    def _inputs(self, times: Tensor) -> tuple[list[float | None], tuple[Tensor, ...]]:
+        scales, labels = self.model.inputs(times)
+        labels = labels.to(self.device, label_dtype(self.dtype))[:, None].expand(-1, self.batch_size)
+        return ([None] * len(times) if scales is None else scales.tolist()), labels.unbind(0)
+
+    def output(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
+        row = self.at(t)
+        given = x if row.scale is None else x * row.scale
+        if self.cast:
+            given = given.to(self.dtype)
+        out = self.net(given, row.label) if cond is None else self.net(given, row.label, cond)
+        return network_result(out, x)
+
+    def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        if isinstance(t, Tensor):
+            return self.model.denoise(x, t, cond)
+        row = self.at(t)
+        return combine(row.a, x, row.b, self.output(x, t, cond))
+
+
+def combine(a: float, x: Tensor, b: float, out: Tensor) -> Tensor:
+    """a x + b out, in as few operations as the numbers allow; `out` itself for (0, 1)."""
+    if a == 0.0:
+        return out if b == 1.0 else out * b
+    return torch.mul(x, a).add_(out, alpha=b)
+
+
+def network_dtype(net: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of the network's floating-point parameters, x's for a network without any."""
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), x.dtype)
+
+
+def label_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Noise labels stay float32 at least: bfloat16 would round 999.5 to 1000."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def network_result(out: Any, x: Tensor) -> Tensor:
+    """The network's result in x's dtype; errors for what is not a tensor of x's shape."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the network must return a tensor, got {type(out).__name__}.")
+    if out.shape != x.shape:
+        checks.same_shape(out, x.shape, "the network's output")
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def call_network(net: nn.Module, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+    """net(x, label) or net(x, label, cond) in the network's own dtype, the result back in x's dtype; label () or (B,)."""
+    dtype = network_dtype(net, x)
+    label = label.to(label_dtype(dtype)).expand(x.shape[0])
+    inputs = (x.to(dtype), label) if cond is None else (x.to(dtype), label, cond)
+    out = net(*inputs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the network must return a tensor, got {type(out).__name__}.")
+    return out.to(x.dtype)

@@ -1,0 +1,241 @@
+r"""The coefficients of every exponential integrator: one formula, integrated numerically in float64.
+
+Layer 3. With $y = x/\alpha$ and $r = \sigma/\alpha$ the probability flow is $dy/dr = \hat\epsilon$, and a step from t to s is
+
+$$x_s = A\,x_t + G\int_t^s m\,dM + C\,z,$$
+
+where m is what the network is asked for and M the variable that it multiplies:
+
+| prediction | m | M | A | G |
+|---|---|---|---|---|
+| `Noise` | $\hat\epsilon$ | $r$ | $\alpha_s/\alpha_t$ | $\alpha_s$ |
+| `Data` | $D$ | $1/\varphi(r)$ | $\alpha_s\varphi_s/(\alpha_t\varphi_t)$ | $\alpha_s\varphi_s$ |
+| `Angle` | $\cos\theta\,\hat\epsilon - \sin\theta\,D/c$ | $\theta = \arctan(r/c)$ | $S_s/S_t$ | $S_s$ |
+
+$S = \sqrt{\alpha^2c^2 + \sigma^2}$ with the data's scale c. The function $\varphi$ chooses one of the SDEs with the same
+marginals: $\varphi = r$ is the probability flow (C = 0); $\varphi = r^{1+\tau^2}$ has $\tau$ times the noise of the reverse SDE
+(Xue et al. 2023, SA-Solver, proposition 4.2); any other increasing $\varphi/r$ is an ER-SDE (Cui et al. 2023, equation 14). Its
+noise is $C = \alpha_s\sqrt{r_s^2 - r_t^2\varphi_s^2/\varphi_t^2}$.
+
+A multistep method replaces m by the polynomial through the latest predictions, in some variable (log-SNR, r, t, theta),
+and integrates that. So a method is (prediction, variable, nodes), and what the literature derives for each by hand is
+one integral: $w_j = G\int \ell_j\,dM$ with the Lagrange polynomial of node j, by Gauss-Legendre quadrature in log r.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scoresde import checks
+from scoresde.sde import SDE
+
+Array = NDArray[np.float64]
+
+_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(48)
+VARIABLES = ("log-snr", "ratio", "time", "angle")
+REACH = 40.0  # a step to sigma = 0 is integrated over this many units of log r: exp(-40) is below rounding
+
+
+class Points(NamedTuple):
+    """Times with what the schedule says there, float64 arrays (N,) on the host: small, and NumPy is quick on small arrays."""
+
+    t: Array
+    alpha: Array
+    sigma: Array
+    log_r: Array  # log(sigma/alpha)
+
+    @classmethod
+    def of(cls, sde: SDE, times: Tensor) -> Points:
+        log_r = -0.5 * sde.log_snr(times)
+        return cls(*(v.numpy() for v in (times, sde.alpha(times), sde.sigma(times), log_r)))
+
+    def __getitem__(self, index: slice) -> Points:  # type: ignore[override]
+        return Points(*(v[index] for v in tuple(self)))
+
+
+class Tau:
+    """Noise of tau times the reverse SDE's for low < r < high: log phi = log r + tau^2 clip(log r, log low, log high)."""
+
+    def __init__(self, tau: float = 1.0, low: float = 0.0, high: float = math.inf):
+        if not (math.isfinite(tau) and tau >= 0):
+            raise ValueError(
+                f"tau must be a finite number >= 0, got {tau}; 0 is the probability flow, 1 the reverse SDE."
+            )
+        if not 0 <= low < high:
+            raise ValueError(f"tau acts for low < sigma/alpha < high with 0 <= low < high, got {low} and {high}.")
+        self.tau, self.low, self.high = float(tau), float(low), float(high)
+
+    def log_phi(self, log_r: Array) -> Array:
+        if self.tau == 0:
+            return log_r
+        low = math.log(self.low) if self.low else -math.inf
+        return log_r + self.tau**2 * np.clip(log_r, low, math.log(self.high))
+
+    def slope(self, log_r: Array) -> Array:
+        """d log phi / d log r."""
+        if self.tau == 0:
+            return np.ones_like(log_r)
+        r = np.exp(log_r)
+        return 1 + self.tau**2 * ((r > self.low) & (r < self.high))
+
+
+class ErSde:
+    """phi = r (exp(r^0.3) + 10), the choice that Cui et al. 2023 found best (their ER-SDE 5)."""
+
+    def log_phi(self, log_r: Array) -> Array:
+        power = np.exp(0.3 * log_r)
+        return log_r + power + np.log1p(10 * np.exp(-power))
+
+    def slope(self, log_r: Array) -> Array:
+        """d log phi / d log r."""
+        power = np.exp(0.3 * log_r)
+        return 1 + 0.3 * power / (1 + 10 * np.exp(-power))
+
+
+class Prediction(ABC):
+    """What is interpolated. `combination` says how it follows from the model's raw output, the rest is the table above."""
+
+    @abstractmethod
+    def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
+        """(p, q) with m = p x + q F, from the model's (a, b, c, e) at the same times."""
+
+    @abstractmethod
+    def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
+        """(A, G, M_s - M_t, C) for steps from t to s, with any factor common to M and 1/G moved to G."""
+
+    @abstractmethod
+    def density(self, log_r: Array, end: Array) -> Array:
+        """dM / d log r at log_r (N, Q), in the units of `ends`, for steps that end at log r = end (N, 1)."""
+
+
+@dataclass(frozen=True)
+class Noise(Prediction):
+    """m = eps_hat, M = r: DPM-Solver, DEIS, iPNDM, LMS, exponential Adams-Bashforth in noise prediction."""
+
+    def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
+        return affine[2], affine[3]
+
+    def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
+        return s.alpha / t.alpha, s.alpha, s.sigma / s.alpha - t.sigma / t.alpha, np.zeros_like(t.t)
+
+    def density(self, log_r: Array, end: Array) -> Array:
+        return np.exp(log_r)
+
+
+class Data(Prediction):
+    """m = D, M = 1/phi: DPM-Solver++, UniPC, and with noise SDE-DPM-Solver++, SA-Solver, ER-SDE."""
+
+    def __init__(self, phi: Tau | ErSde | None = None):
+        self.phi = Tau(0.0) if phi is None else phi
+
+    def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
+        return affine[0], affine[1]
+
+    def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
+        log_keep = self.phi.log_phi(s.log_r) - self.phi.log_phi(t.log_r)
+        noise = np.sqrt(np.maximum(-np.expm1(2 * (log_keep - s.log_r + t.log_r)), 0))
+        return s.alpha / t.alpha * np.exp(log_keep), s.alpha, -np.expm1(log_keep), s.sigma * noise
+
+    def density(self, log_r: Array, end: Array) -> Array:
+        return -self.phi.slope(log_r) * np.exp(self.phi.log_phi(end) - self.phi.log_phi(log_r))
+
+
+@dataclass(frozen=True)
+class Angle(Prediction):
+    """m = the velocity du/dtheta of `scoresde.flow`, M = theta: exact for Gaussian data of standard deviation c."""
+
+    c: float = 1.0
+
+    def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
+        a, b, c, e = affine
+        theta = np.arctan2(at.sigma, at.alpha * self.c)
+        cos, sin = np.cos(theta), np.sin(theta) / self.c
+        return cos * c - sin * a, cos * e - sin * b
+
+    def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
+        theta_t, theta_s = (np.arctan2(v.sigma, v.alpha * self.c) for v in (t, s))
+        scale_t, scale_s = (np.hypot(v.sigma, v.alpha * self.c) for v in (t, s))
+        return scale_s / scale_t, scale_s, theta_s - theta_t, np.zeros_like(t.t)
+
+    def density(self, log_r: Array, end: Array) -> Array:
+        return 0.5 / np.cosh(log_r - math.log(self.c))
+
+
+def step_weights(
+    prediction: Prediction,
+    sde: SDE,
+    t: Points,
+    s: Points,
+    nodes: Sequence[Points],
+    variable: str = "log-snr",
+    *,
+    midpoint: bool = False,
+) -> list[Array]:
+    """Weights w_j (N,) of the predictions at k `nodes`, for steps from t to s.
+
+    With `midpoint` the polynomial is not integrated but evaluated at the middle of the step in log-SNR, as DPM-Solver++
+    (2M) and UniPC's two-node formulas do: the same order, other constants. A step to sigma = 0 by data
+    prediction takes the first node alone, since no polynomial in log-SNR says anything of its infinite end.
+    """
+    _, gain, total, _ = prediction.ends(t, s)
+    total = gain * total
+    if len(nodes) == 1:
+        return [total]
+    start, end = t.log_r[:, None], s.log_r[:, None]
+    half = 0.5 * (np.maximum(end, start - REACH) - start)
+    if midpoint:
+        points, mass = start + half, np.ones_like(half)
+    else:
+        points = start + half * (1 + _POINTS)
+        mass = _WEIGHTS * prediction.density(points, end)
+    at = _coordinate(sde, points, variable, prediction)
+    if variable == "time":
+        knots = [node.t[:, None] for node in nodes]
+    else:
+        knots = [_coordinate(sde, node.log_r[:, None], variable, prediction) for node in nodes]
+    weights = []
+    for j, knot in enumerate(knots):
+        basis = mass
+        for i, other in enumerate(knots):
+            if i != j:
+                basis = basis * ((at - other) / (knot - other))
+        weights.append(basis.sum(1))
+    scale = total / sum(weights)  # sum(weights) is the integral of dM, known exactly
+    weights = [w * scale for w in weights]
+    if isinstance(prediction, Data) and not s.sigma.all():
+        weights = [np.where(s.sigma == 0, total if j == 0 else 0.0, w) for j, w in enumerate(weights)]
+    return weights
+
+
+def _coordinate(sde: SDE, log_r: Array, variable: str, prediction: Prediction) -> Array:
+    """The interpolation variable at log r."""
+    if variable == "log-snr":
+        return log_r
+    if variable == "ratio":
+        return np.exp(log_r)
+    if variable == "time":
+        return sde.time(torch.from_numpy(-2 * log_r)).numpy()
+    return np.arctan(np.exp(log_r) / getattr(prediction, "c", 1.0))
+
+
+def affine_arrays(model: object, times: Tensor) -> list[Array]:
+    """The model's (a, b, c, e) at float64 times as arrays."""
+    return [v.numpy() for v in model.affine(times)]  # type: ignore[attr-defined]
+
+
+def prediction_for(name: str | Prediction, sigma_data: float) -> Prediction:
+    """The object behind "noise", "data" or "angle" (with c = sigma_data), or the given object."""
+    if isinstance(name, Prediction):
+        return name
+    kinds = {"noise": Noise, "data": Data, "angle": Angle}
+    kind = kinds[checks.choice(name, kinds, "prediction")]
+    return kind(sigma_data) if name == "angle" else kind()

@@ -1,0 +1,204 @@
+"""Multistep samplers: one class for the exponential integrators of the literature, deterministic and stochastic.
+
+Layer 3. A step evaluates the model once and reuses the latest predictions; `scoresde.samplers.exponential` gives the
+weights. The table of known methods, each a choice of the arguments:
+
+| method | prediction | variable | order | corrector | pair |
+|---|---|---|---|---|---|
+| DDIM | noise or data | any | 1 | | |
+| DPM-Solver++ (2M), Lu et al. 2022b | data | log-SNR | 2 | | midpoint |
+| DPM-Solver++ (3M) | data | log-SNR | 3 | | exact |
+| UniPC-p, Zhao et al. 2023 (B_2) | data | log-SNR | p | p + 1 | midpoint |
+| DEIS tAB-k, Zhang & Chen 2023 | noise | time | k + 1 | | exact |
+| linear multistep (LMS), Karras et al.'s sigma | noise | ratio | k | | exact |
+| iPNDM, Zhang & Chen 2023 | noise | index | 4 | | |
+| exponential Adams-Bashforth | noise, data, angle | log-SNR | k | | exact |
+| SDE-DPM-Solver++ (2M), (3M) | data, tau = 1 | log-SNR | 2, 3 | | midpoint, exact |
+| SA-Solver, Xue et al. 2023 | data, tau in a window | log-SNR | p | c | exact |
+| ER-SDE-k, Cui et al. 2023 | data, their phi | ratio | k | | exact |
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoresde import checks
+from scoresde.bound import combine
+from scoresde.grids import Grid, uniform_log_snr
+from scoresde.model import ScoreModel
+from scoresde.rng import RandomSource
+from scoresde.samplers.base import Sampler, State
+from scoresde.samplers.exponential import (
+    VARIABLES,
+    Array,
+    Points,
+    Prediction,
+    affine_arrays,
+    prediction_for,
+    step_weights,
+)
+from scoresde.sde import SDE
+
+# classical Adams-Bashforth weights, newest first: what iPNDM uses on any grid
+_ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+class Plan(NamedTuple):
+    """One step's numbers: m = p x + q F, x_s = keep x + sum_j weights_j m_j + noise z, and the corrector's weights.
+
+    `corrector` belongs to the step before: its first weight multiplies the prediction at this step's start.
+    """
+
+    p: float
+    q: float
+    keep: float
+    weights: tuple[float, ...]
+    noise: float
+    corrector: tuple[float, ...] = ()
+
+
+@dataclass
+class History:
+    """Predictions (newest first) with their times, and keep x + noise z of the last step, for the corrector."""
+
+    predictions: list[Tensor] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    base: Tensor | None = None
+
+
+class Multistep(Sampler):
+    """x_s = A x + sum_j w_j m_j + C z with the predictions m_j of the last `order` steps.
+
+    Arguments:
+        prediction: "noise", "data", "angle", or an object of `scoresde.samplers.exponential` (`Data(phi)` with noise).
+        order: predictions that a step uses; the first steps use those that there are.
+        variable: what the interpolating polynomial is a polynomial in: "log-snr", "ratio" (sigma/alpha), "time",
+            "angle", or "index" (equal steps assumed, as iPNDM does).
+        corrector: nodes of an implicit formula by which a step is redone once the model was evaluated at its end
+            (UniC: no further evaluation); 0 for none.
+        pair: "exact", or "midpoint" for the published two-node formulas (`step_weights`).
+        grid, default_steps: as for every sampler.
+
+    Order of convergence (deterministic, smooth grids): that of the predictor, one more with a corrector of one more node,
+    2 for "index"; at most 3. From order 3 on the first step is redone with the corrector of two nodes: otherwise it
+    alone, of first order, would hold the whole solve at order 2.
+    """
+
+    default_steps = 20
+    denoise_final = False
+
+    def __init__(
+        self,
+        prediction: str | Prediction = "noise",
+        order: int = 3,
+        *,
+        variable: str = "log-snr",
+        corrector: int = 0,
+        pair: str = "exact",
+        grid: Grid = uniform_log_snr,
+        default_steps: int = 20,
+    ):
+        self.prediction = prediction
+        prediction_for(prediction, 1.0)  # a wrong name is an error here, not at the first use
+        self.order = checks.positive_int(order, "order")
+        self.variable = checks.choice(variable, (*VARIABLES, "index"), "interpolation variable")
+        if self.order > 4:
+            raise ValueError(f"order must lie in 1..4, got {order}: extrapolation through more nodes is unstable.")
+        if isinstance(corrector, bool) or not isinstance(corrector, int) or not 0 <= corrector <= self.order + 1:
+            raise ValueError(
+                f"corrector must be a number of nodes from 0 to order + 1 = {self.order + 1}, got {corrector!r}."
+            )
+        if variable == "index" and corrector:
+            raise ValueError("variable='index' has no corrector; choose another variable.")
+        self.corrector = corrector
+        self.midpoint = checks.choice(pair, ("exact", "midpoint"), "pair") == "midpoint"
+        self.grid = grid
+        self.default_steps = default_steps
+
+    def start(self, model: ScoreModel, times: Tensor) -> State:
+        keys = itertools.pairwise(times.tolist())
+        return State(dict(zip(keys, self._plans(model, times), strict=True)), History())
+
+    def _plans(self, model: ScoreModel, times: Tensor, begin: int = 0) -> list[Plan]:
+        """Plans of the steps begin, begin + 1, ... of `times`; those with equally many nodes are computed together."""
+        points = Points.of(model.sde, times)
+        prediction = prediction_for(self.prediction, model.sigma_data)
+        pairs = prediction.combination(affine_arrays(model, times), points)
+        steps = times.numel() - 1
+        bounds = [*range(begin, min(self.order + 1, steps)), steps] if begin < self.order else [begin, steps]
+        plans: list[Plan] = []
+        for first, last in itertools.pairwise(bounds):
+            plans += self._group(model.sde, prediction, points, pairs, first, last)
+        return plans
+
+    def _group(
+        self, sde: SDE, prediction: Prediction, points: Points, pairs: tuple[Array, Array], first: int, last: int
+    ) -> list[Plan]:
+        """Steps first..last-1, all with the number of nodes that step `first` has."""
+
+        def back(k: int) -> Points:
+            return points[first - k : last - k]
+
+        t, s = back(0), back(-1)
+        count = min(first + 1, self.order)
+        keep, gain, total, noise = prediction.ends(t, s)
+        if self.variable == "index":
+            weights = [gain * total * w for w in _ADAMS[count - 1]]
+        else:
+            nodes = [back(k) for k in range(count)]
+            weights = step_weights(prediction, sde, t, s, nodes, self.variable, midpoint=self.midpoint and count == 2)
+        redo = self._corrector_nodes(first)
+        corrector: list[Array] = []
+        if redo:
+            nodes = [back(k) for k in range(redo)]
+            corrector = step_weights(
+                prediction, sde, back(1), t, nodes, self.variable, midpoint=self.midpoint and redo == 2
+            )
+        numbers = np.stack([*(v[first:last] for v in pairs), keep, noise, *weights, *corrector], 1)
+        return [
+            Plan(p, q, keep, tuple(rest[:count]), noise, tuple(rest[count:]))
+            for p, q, keep, noise, *rest in numbers.tolist()
+        ]
+
+    def _corrector_nodes(self, step: int) -> int:
+        """Nodes with which the step before `step` is redone: 0 for not at all."""
+        if step == 0 or self.variable == "index":
+            return 0
+        used = min(step, self.order)  # nodes of the predictor of that step
+        if self.corrector:
+            return min(self.corrector, used + 1)
+        return 2 if step == 1 and self.order >= 3 else 0
+
+    def step(
+        self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
+    ) -> Tensor:
+        history: History = state.memory
+        if history is None:
+            history = state.memory = History()
+        plan = state.table.get((t, s))
+        if plan is None:  # outside a prepared grid: the history says how many nodes there are
+            times = torch.tensor([*reversed(history.times), t, s], dtype=torch.float64)
+            plan = state.table[t, s] = self._plans(model, times, len(times) - 2)[0]
+        latest = combine(plan.p, x, plan.q, model.output(x, t, cond))
+        predictions = history.predictions
+        predictions.insert(0, latest)
+        history.times.insert(0, t)
+        if plan.corrector:
+            x = history.base
+            for w, m in zip(plan.corrector, predictions, strict=False):
+                x = torch.add(x, m, alpha=w)
+        del predictions[max(self.order, self.corrector - 1) :], history.times[self.order + 1 :]
+        base = torch.mul(x, plan.keep)
+        if plan.noise:
+            base.add_(noise.normal(x.shape, x.dtype), alpha=plan.noise)
+        history.base = base
+        x = torch.add(base, latest, alpha=plan.weights[0])
+        for w, m in zip(plan.weights[1:], predictions[1:], strict=False):
+            x.add_(m, alpha=w)
+        return x

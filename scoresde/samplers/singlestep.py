@@ -1,0 +1,95 @@
+"""Singlestep exponential Runge-Kutta methods: DPM-Solver-2, -3 and DPM-Solver++ (2S). Layer 3."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoresde import checks
+from scoresde.bound import combine
+from scoresde.grids import Grid, uniform_log_snr
+from scoresde.model import ScoreModel
+from scoresde.rng import RandomSource
+from scoresde.samplers.base import Sampler, State, prepare
+from scoresde.samplers.exponential import Points, Prediction, affine_arrays, prediction_for, step_weights
+
+
+class Stage(NamedTuple):
+    """Evaluate at `time`, with m = p x + q F, then go from the step's start: keep x + sum of weights[j] m_j."""
+
+    time: float
+    p: float
+    q: float
+    keep: float
+    weights: tuple[tuple[int, float], ...]
+
+
+# fractions of the step in log-SNR at which stages stand, and which predictions each stage (and the end) is made from
+SCHEMES: dict[str, tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]] = {
+    "midpoint": ((0.5,), ((0,), (1,))),
+    "third": ((1 / 3, 2 / 3), ((0,), (0, 1), (0, 2))),
+}
+
+
+class Singlestep(Sampler):
+    """Stages inside a step, each by exact integration of the polynomial in log-SNR through earlier stages.
+
+    Arguments: `prediction`, "noise", "data" or "angle"; `scheme`, "midpoint" (order 2, two evaluations: DPM-Solver-2 of Lu
+    et al. 2022a, algorithm 1, with noise prediction; DPM-Solver++ (2S) of Lu et al. 2022b with data prediction) or
+    "third" (order 3, three evaluations: DPM-Solver-3, their algorithm 2 with r_1 = 1/3, r_2 = 2/3). A step that ends at
+    sigma = 0 has no middle in log-SNR and is taken by Euler.
+    """
+
+    default_steps = 10
+    denoise_final = False
+
+    def __init__(
+        self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = uniform_log_snr
+    ):
+        prediction_for(prediction, 1.0)
+        self.prediction = prediction
+        self.scheme = checks.choice(scheme, SCHEMES, "singlestep scheme")
+        self.fractions, self.nodes = SCHEMES[scheme]
+        self.nfe_per_step = 1 + len(self.fractions)
+        self.grid = grid
+
+    def start(self, model: ScoreModel, times: Tensor) -> State:
+        plans = self._plans(model, times[:-1], times[1:])
+        prepare(model, torch.tensor([stage.time for plan in plans for stage in plan[1:]], dtype=torch.float64))
+        return State(dict(zip(zip(times[:-1].tolist(), times[1:].tolist(), strict=True), plans, strict=True)))
+
+    def _plans(self, model: ScoreModel, t: Tensor, s: Tensor) -> list[list[Stage]]:
+        sde, prediction = model.sde, prediction_for(self.prediction, model.sigma_data)
+        start, end = (-0.5 * sde.log_snr(v) for v in (t, s))
+        at = [Points.of(sde, sde.time(-2 * (start + c * (end - start))) if c else t) for c in (0.0, *self.fractions)]
+        last = Points.of(sde, s)
+        columns = []
+        for here, target, nodes in zip(at, [*at[1:], last], self.nodes, strict=True):
+            weights = step_weights(prediction, sde, at[0], target, [at[j] for j in nodes])
+            pair = prediction.combination(affine_arrays(model, torch.from_numpy(here.t)), here)
+            rows = np.stack([here.t, *pair, prediction.ends(at[0], target)[0], *weights], 1).tolist()
+            columns.append([Stage(*r[:4], tuple(zip(nodes, r[4:], strict=True))) for r in rows])
+        plans = [list(stages) for stages in zip(*columns, strict=True)]
+        keep, gain, total, _ = prediction.ends(at[0], last)
+        for i in np.flatnonzero(last.sigma == 0):
+            plans[i] = [plans[i][0]._replace(keep=float(keep[i]), weights=((0, float(gain[i] * total[i])),))]
+        return plans
+
+    def step(
+        self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
+    ) -> Tensor:
+        plan = state.table.get((t, s))
+        if plan is None:
+            pair = (torch.tensor([v], dtype=torch.float64) for v in (t, s))
+            plan = state.table[t, s] = self._plans(model, *pair)[0]
+        predictions: list[Tensor] = []
+        at = x
+        for stage in plan:
+            predictions.append(combine(stage.p, at, stage.q, model.output(at, stage.time, cond)))
+            at = torch.mul(x, stage.keep)
+            for j, w in stage.weights:
+                at.add_(predictions[j], alpha=w)
+        return at
