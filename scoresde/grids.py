@@ -15,6 +15,7 @@ from torch import Tensor
 from scoresde import checks
 from scoresde.sde import SDE
 
+FLOOR = 0.002
 Grid: TypeAlias = "Callable[..., Tensor]"
 
 
@@ -26,18 +27,13 @@ def uniform_time(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
 
 def uniform_log_snr(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times equally spaced in log-SNR."""
-    ends = _ends(sde, steps, t_max)
-    low, high = sde.log_snr(ends).tolist()
-    return _with_ends(sde.time(torch.linspace(low, high, steps + 1, dtype=torch.float64)), ends)
+    return _by_ratio(sde, steps, t_max, torch.log, torch.exp)
 
 
 def karras(sde: SDE, steps: int, rho: float = 7.0, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times with (sigma/alpha)^(1/rho) equally spaced (Karras et al. 2022, equation 5)."""
     checks.positive(rho, "rho")
-    ends = _ends(sde, steps, t_max)
-    high, low = torch.exp(-0.5 * sde.log_snr(ends) / rho).tolist()
-    warped = torch.linspace(high, low, steps + 1, dtype=torch.float64)
-    return _with_ends(sde.time(-2 * rho * torch.log(warped)), ends)
+    return _by_ratio(sde, steps, t_max, lambda r: r ** (1 / rho), lambda v: v**rho)
 
 
 def angle(sde: SDE, steps: int, scale: float = 1.0, *, t_max: float | None = None) -> Tensor:
@@ -46,10 +42,7 @@ def angle(sde: SDE, steps: int, scale: float = 1.0, *, t_max: float | None = Non
     For a variance-preserving process and scale 1 these are the equal angles of the cosine schedule (Nichol & Dhariwal 2021).
     """
     checks.positive(scale, "scale")
-    ends = _ends(sde, steps, t_max)
-    high, low = torch.atan(torch.exp(-0.5 * sde.log_snr(ends)) / scale).tolist()
-    theta = torch.linspace(high, low, steps + 1, dtype=torch.float64)
-    return _with_ends(sde.time(-2 * torch.log(scale * torch.tan(theta))), ends)
+    return _by_ratio(sde, steps, t_max, lambda r: torch.atan(r / scale), lambda v: scale * torch.tan(v))
 
 
 def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
@@ -85,6 +78,25 @@ def _ends(sde: SDE, steps: int, t_max: float | None) -> Tensor:
     if not sde.t_min < high <= sde.t_max:
         raise ValueError(f"t_max must lie in ({sde.t_min:g}, {sde.t_max:g}], got {t_max}.")
     return torch.tensor([high, sde.t_min], dtype=torch.float64)
+
+
+def _by_ratio(
+    sde: SDE, steps: int, t_max: float | None, warp: Callable[[Tensor], Tensor], unwarp: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """steps + 1 times equally spaced in warp(sigma/alpha).
+
+    Where sigma is 0 at t_min the last step is the one to it, and the grid proper ends at sigma/alpha = 0.002, the sigma_min of
+    Karras et al.: a warp of 0 may be infinite, and points at vanishing noise would be wasted.
+    """
+    ends = _ends(sde, steps, t_max)
+    ratios = torch.exp(-0.5 * sde.log_snr(ends))
+    to_zero = float(sde.sigma(ends[1])) == 0.0
+    if to_zero:
+        ratios[1] = torch.minimum(0.5 * ratios[0], torch.full_like(ratios[1], FLOOR))
+    high, low = warp(ratios).tolist()
+    warped = torch.linspace(high, low, steps + (not to_zero), dtype=torch.float64)
+    t = sde.time(-2 * torch.log(unwarp(warped)))
+    return _with_ends(torch.cat([t, ends[1:]]) if to_zero else t, ends)
 
 
 def _with_ends(t: Tensor, ends: Tensor) -> Tensor:

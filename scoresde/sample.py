@@ -32,9 +32,12 @@ from scoresde.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
     Sampler,
+    ScipyRK45,
     Singlestep,
     StochasticHeun,
     Tau,
+    TorchDiffEq,
+    TorchSDE,
     run,
     steps_within,
     time_grid,
@@ -52,6 +55,7 @@ METHODS: dict[str, Callable[[], Sampler]] = {
     "sde-dpm++3m": partial(Multistep, Data(Tau()), 3, default_steps=50),
     "sa-solver": partial(Multistep, Data(Tau(1.0, 0.05, 1.0)), 3, corrector=3, default_steps=50),
     "er-sde": partial(Multistep, Data(ErSde()), 3, variable="ratio", default_steps=50),
+    "sde": TorchSDE,
     # deterministic, a fixed number of steps
     "flow-euler": FlowEuler,
     "ddim": DDIM,
@@ -71,6 +75,8 @@ METHODS: dict[str, Callable[[], Sampler]] = {
     "adams-angle": partial(Multistep, "angle", 3),
     # deterministic, adaptive
     "ode": ProbabilityFlow,
+    "torchdiffeq": TorchDiffEq,
+    "rk45": ScipyRK45,
 }
 
 

@@ -1,6 +1,8 @@
 """Samplers: objects that take x from one time to an earlier one, and the loop that runs them."""
 
+from scoresde.samplers.backends import ScipyRK45, TorchDiffEq, TorchSDE
 from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, run, steps_within, time_grid, transition
+from scoresde.samplers.brownian import BrownianPath
 from scoresde.samplers.corrector import AnnealedLangevin, Langevin, PredictorCorrector
 from scoresde.samplers.exponential import Angle, Data, ErSde, Noise, Prediction, Tau
 from scoresde.samplers.heun import Heun, StochasticHeun
@@ -14,6 +16,7 @@ __all__ = [
     "Ancestral",
     "Angle",
     "AnnealedLangevin",
+    "BrownianPath",
     "Data",
     "ErSde",
     "EulerMaruyama",
@@ -29,10 +32,13 @@ __all__ = [
     "ProbabilityFlow",
     "ReverseDiffusion",
     "Sampler",
+    "ScipyRK45",
     "Singlestep",
     "State",
     "StochasticHeun",
     "Tau",
+    "TorchDiffEq",
+    "TorchSDE",
     "Trajectory",
     "run",
     "steps_within",

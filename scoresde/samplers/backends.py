@@ -226,6 +226,7 @@ class _Flow(Sampler):
     """The probability flow in t, one solve per interval of the grid, step sizes shared by the batch."""
 
     default_steps = 1
+    nfe_per_step = 0
     denoise_final = False
     grid = staticmethod(whole_path)
     nfe = 0

@@ -44,13 +44,15 @@ class Sampler(ABC):
 
     Attributes: `default_steps`; `grid`, the time grid used unless another is given; `denoise_final`, whether the loop
     ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
-    `nfe_per_step`, evaluations of the network per step (0: as many as its tolerances need).
+    `nfe_per_step`, evaluations of the network per step (0: as many as its tolerances need); `convergence_order`, that of
+    the endpoint's error in the step size on smooth grids, for deterministic methods of fixed steps.
     """
 
     default_steps: int = 100
     nfe_per_step: int = 1
     grid: Grid = staticmethod(uniform_time)
     denoise_final: bool = True
+    convergence_order: int | None = None
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
         """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""

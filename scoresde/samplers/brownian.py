@@ -42,12 +42,12 @@ class BrownianPath:
 
     Whatever was asked before and in whatever order, `value(t)` has the same bits, so increments over fine steps
     add up to the increment over their union, to rounding. Queries that proceed in either direction are cheap:
-    the cells around the last time are kept (at most 45 tensors of the given shape), the rest is made again
+    the cells around the last time are kept (at most 50 tensors of the given shape), the rest is made again
     when asked for.
 
     The interval is split in decimals down to thousandths and in halves below. A time of a uniform grid whose number
     of steps divides 1000 is then a node, reached with one or two draws of shape (B, *) per step; any other time takes
-    about 20 - log2(N) draws in a sweep of N steps. Times are rounded to 20 bits of their distance from the nearer
+    about 22 - log2(N) draws in a sweep of N steps. Times are rounded to 20 bits of their distance from the nearer
     end, a relative error of at most 1e-6 (and to 1e-12 of the interval). Steps much shorter than that are
     not resolved.
 

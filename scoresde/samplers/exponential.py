@@ -73,32 +73,33 @@ class Tau:
         if not 0 <= low < high:
             raise ValueError(f"tau acts for low < sigma/alpha < high with 0 <= low < high, got {low} and {high}.")
         self.tau, self.low, self.high = float(tau), float(low), float(high)
+        self.noisy = tau > 0
 
-    def log_phi(self, log_r: Array) -> Array:
-        if self.tau == 0:
-            return log_r
+    def excess(self, log_r: Array) -> Array:
+        """log(phi / r), 0 for the probability flow."""
         low = math.log(self.low) if self.low else -math.inf
-        return log_r + self.tau**2 * np.clip(log_r, low, math.log(self.high))
+        return self.tau**2 * np.clip(log_r, low, math.log(self.high))
 
     def slope(self, log_r: Array) -> Array:
-        """d log phi / d log r."""
-        if self.tau == 0:
-            return np.ones_like(log_r)
+        """d log(phi / r) / d log r."""
         r = np.exp(log_r)
-        return 1 + self.tau**2 * ((r > self.low) & (r < self.high))
+        return self.tau**2 * ((r > self.low) & (r < self.high))
 
 
 class ErSde:
     """phi = r (exp(r^0.3) + 10), the choice that Cui et al. 2023 found best (their ER-SDE 5)."""
 
-    def log_phi(self, log_r: Array) -> Array:
+    noisy = True
+
+    def excess(self, log_r: Array) -> Array:
+        """log(phi / r)."""
         power = np.exp(0.3 * log_r)
-        return log_r + power + np.log1p(10 * np.exp(-power))
+        return power + np.log1p(10 * np.exp(-power))
 
     def slope(self, log_r: Array) -> Array:
-        """d log phi / d log r."""
+        """d log(phi / r) / d log r."""
         power = np.exp(0.3 * log_r)
-        return 1 + 0.3 * power / (1 + 10 * np.exp(-power))
+        return 0.3 * power / (1 + 10 * np.exp(-power))
 
 
 class Prediction(ABC):
@@ -141,12 +142,13 @@ class Data(Prediction):
         return affine[0], affine[1]
 
     def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
-        log_keep = self.phi.log_phi(s.log_r) - self.phi.log_phi(t.log_r)
-        noise = np.sqrt(np.maximum(-np.expm1(2 * (log_keep - s.log_r + t.log_r)), 0))
+        excess = self.phi.excess(s.log_r) - self.phi.excess(t.log_r)  # exactly 0 where there is no noise
+        log_keep = s.log_r - t.log_r + excess
+        noise = np.sqrt(-np.expm1(2 * excess))
         return s.alpha / t.alpha * np.exp(log_keep), s.alpha, -np.expm1(log_keep), s.sigma * noise
 
     def density(self, log_r: Array, end: Array) -> Array:
-        return -self.phi.slope(log_r) * np.exp(self.phi.log_phi(end) - self.phi.log_phi(log_r))
+        return -(1 + self.phi.slope(log_r)) * np.exp(end - log_r + self.phi.excess(end) - self.phi.excess(log_r))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Heun(Sampler):
 
     default_steps = 40
     nfe_per_step = 2
+    convergence_order = 2
     grid = staticmethod(karras)
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ class EulerMaruyama(LinearSampler):
         if not (math.isfinite(eta) and eta >= 0):
             raise ValueError(f"eta must be a finite number >= 0, got {eta}.")
         self.eta = float(eta)
+        self.convergence_order = None if eta else 1
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         h = t - s
@@ -49,6 +50,7 @@ class FlowEuler(LinearSampler):
 
     default_steps = 100
     denoise_final = False
+    convergence_order = 1
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         rate = (s - t) * sde.sigma_dot(t) / sde.sigma(t)
@@ -114,6 +116,7 @@ class DDIM(LinearSampler):
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta must lie in [0, 1], got {eta}.")
         self.eta = eta
+        self.convergence_order = None if eta else 1
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         _, v = transition(sde, t, s)

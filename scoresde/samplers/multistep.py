@@ -37,6 +37,7 @@ from scoresde.samplers.base import Sampler, State
 from scoresde.samplers.exponential import (
     VARIABLES,
     Array,
+    Data,
     Points,
     Prediction,
     affine_arrays,
@@ -105,7 +106,6 @@ class Multistep(Sampler):
         default_steps: int = 20,
     ):
         self.prediction = prediction
-        prediction_for(prediction, 1.0)  # a wrong name is an error here, not at the first use
         self.order = checks.positive_int(order, "order")
         self.variable = checks.choice(variable, (*VARIABLES, "index"), "interpolation variable")
         if self.order > 4:
@@ -118,6 +118,10 @@ class Multistep(Sampler):
             raise ValueError("variable='index' has no corrector; choose another variable.")
         self.corrector = corrector
         self.midpoint = checks.choice(pair, ("exact", "midpoint"), "pair") == "midpoint"
+        kind = prediction_for(prediction, 1.0)  # a wrong name is an error here, not at the first use
+        noisy = isinstance(kind, Data) and kind.phi.noisy
+        reach = min(3, max(self.order, self.corrector))
+        self.convergence_order = None if noisy else min(2, reach) if variable == "index" else reach
         self.grid = grid
         self.default_steps = default_steps
 
