@@ -27,6 +27,7 @@ from scoresde.model import ScoreModel, ScoreNet
 from scoresde.quantized import QuantizedScoreNet
 from scoresde.sample import METHODS, sample
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE
+from scoresde.tune import tune
 
 __all__ = [
     "EDMSDE",
@@ -59,4 +60,5 @@ __all__ = [
     "log_prob",
     "sample",
     "slerp",
+    "tune",
 ]

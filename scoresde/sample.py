@@ -25,6 +25,7 @@ from scoresde.samplers import (
     Data,
     ErSde,
     EulerMaruyama,
+    FewStep,
     FlowEuler,
     Heun,
     Multistep,
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[[], Sampler]] = {
     "er-sde": partial(Multistep, Data(ErSde()), 3, variable="ratio", default_steps=50),
     "sde": TorchSDE,
     # deterministic, a fixed number of steps
+    "auto": FewStep,
     "flow-euler": FlowEuler,
     "ddim": DDIM,
     "heun": Heun,
@@ -141,7 +143,7 @@ def sample(
         if steps is not None:
             raise ValueError(f"pass steps or nfe, not both; got steps={steps} and nfe={nfe}.")
         steps = steps_within(chosen, nfe, denoise_final)
-    times = time_grid(chosen, model.sde, steps, grid, t_max)
+    times = time_grid(chosen, model, steps, grid, t_max)
     start, end = float(times[0]), float(times[-1])
     if return_log_prob and end != model.sde.t_min:
         raise ValueError(

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from scoresde._version import __version__
 from scoresde.model import ScoreModel, ScoreNet
 from scoresde.nets import NETS
 from scoresde.quantized import QuantizedScoreNet
+from scoresde.samplers import FewStep
 from scoresde.sde import SDES
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+SAMPLER_FILE = "sampler-"
 _HEADER = "scoresde"
 
 
@@ -135,13 +137,36 @@ def build(config: dict[str, Any], source: str = "the configuration") -> ScoreMod
         raise ValueError(f"{source} does not describe a scoresde model: {type(e).__name__}: {e}.") from e
 
 
-def save_model(model: ScoreModel, folder: str | os.PathLike[str]) -> Path:
-    """Write `model.safetensors` and `config.json` into `folder`; returns the folder."""
+def save_model(model: ScoreModel, folder: str | os.PathLike[str], samplers: Iterable[FewStep] = ()) -> Path:
+    """Write `model.safetensors` and `config.json` into `folder`, tuned samplers beside them; returns the folder."""
     folder = Path(folder)
     config = describe(model)
     write_tensors(folder / MODEL_FILE, model.state_dict(), config)
     write_json(folder / CONFIG_FILE, config)
+    for sampler in samplers:
+        save_sampler(sampler, folder)
     return folder
+
+
+def save_sampler(sampler: FewStep, folder: str | os.PathLike[str]) -> Path:
+    """Write a tuned sampler as `sampler-<nfe>.safetensors` into its model's folder; returns the file."""
+    tensors, header = sampler.to_tensors()
+    path = Path(folder) / f"{SAMPLER_FILE}{sampler.default_steps}.safetensors"
+    write_tensors(path, tensors, {"format": FORMAT, "version": __version__, "sampler": header})
+    return path
+
+
+def load_samplers(folder: str | os.PathLike[str]) -> dict[int, FewStep]:
+    """The tuned samplers in a model's folder by their number of evaluations. Raises `ValueError` for a damaged file."""
+    found = {}
+    for path in sorted(Path(folder).glob(f"{SAMPLER_FILE}*.safetensors")):
+        tensors, header = read_tensors(path)
+        try:
+            sampler = FewStep.from_tensors(tensors, header["sampler"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{path} does not hold a sampler of scoresde: {type(e).__name__}: {e}.") from e
+        found[sampler.default_steps] = sampler
+    return dict(sorted(found.items()))
 
 
 def load_model(path: str | os.PathLike[str]) -> ScoreModel:

@@ -14,7 +14,7 @@ LAYERS = (
     ("ode", "nets"),
     ("sde", "grids"),
     ("bound", "model", "quantized", "mixture", "losses", "flow"),
-    ("samplers", "latents", "likelihood", "sample", "guidance", "metrics", "store"),
+    ("samplers", "latents", "likelihood", "sample", "tune", "guidance", "metrics", "store"),
     ("data", "train", "interop", "plots"),
     ("cli",),
 )

@@ -5,6 +5,7 @@ from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, ru
 from scoresde.samplers.brownian import BrownianPath
 from scoresde.samplers.corrector import AnnealedLangevin, Langevin, PredictorCorrector
 from scoresde.samplers.exponential import Angle, Data, ErSde, Noise, Prediction, Tau
+from scoresde.samplers.few_step import FewStep, Scheme
 from scoresde.samplers.heun import Heun, StochasticHeun
 from scoresde.samplers.linear import DDIM, Ancestral, EulerMaruyama, FlowEuler, Hold, ReverseDiffusion
 from scoresde.samplers.multistep import Multistep
@@ -20,6 +21,7 @@ __all__ = [
     "Data",
     "ErSde",
     "EulerMaruyama",
+    "FewStep",
     "FlowEuler",
     "Heun",
     "Hold",
@@ -32,6 +34,7 @@ __all__ = [
     "ProbabilityFlow",
     "ReverseDiffusion",
     "Sampler",
+    "Scheme",
     "ScipyRK45",
     "Singlestep",
     "State",

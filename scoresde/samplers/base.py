@@ -54,6 +54,11 @@ class Sampler(ABC):
     denoise_final: bool = True
     convergence_order: int | None = None
 
+    def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
+        """The decreasing float64 times of a solve of `steps` steps, from `t_max` where it is given."""
+        sde = model.sde
+        return self.grid(sde, steps) if t_max is None else self.grid(sde, steps, t_max=t_max)
+
     def start(self, model: ScoreModel, times: Tensor) -> State:
         """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""
         sde, t, s = model.sde, times[:-1], times[1:]
@@ -138,16 +143,22 @@ class Trajectory:
 
 
 def time_grid(
-    sampler: Sampler, sde: SDE, steps: int | None, grid: Grid | Tensor | None = None, t_max: float | None = None
+    sampler: Sampler,
+    model: ScoreModel,
+    steps: int | None,
+    grid: Grid | Tensor | None = None,
+    t_max: float | None = None,
 ) -> Tensor:
     """The decreasing float64 times of a solve. Raises `ValueError` for steps < 1 or a grid that does not decrease."""
     unset = steps is None
     steps = sampler.default_steps if unset else checks.positive_int(steps, "steps")
-    grid = grid if grid is not None else sampler.grid
     if isinstance(grid, (Tensor, list, tuple)):
         grid, whole = given(grid), len(grid) - 1
         steps = whole if unset else steps
-    times = grid(sde, steps) if t_max is None else grid(sde, steps, t_max=t_max)
+    if grid is None:
+        times = sampler.times(model, steps, t_max)
+    else:
+        times = grid(model.sde, steps) if t_max is None else grid(model.sde, steps, t_max=t_max)
     if not bool((times[1:] < times[:-1]).all()):
         raise ValueError(
             f"the time grid of {steps} steps does not decrease strictly (two times coincide in float64); use fewer steps."
