@@ -70,8 +70,8 @@ def tune(
         seed: of the starts. The result is a function of the model and these arguments.
 
     The noise levels, the data's mean and its scale are learned too. Where the held-out trajectories show no gain over the
-    untuned rule (two standard errors of the mean difference), the untuned rule is returned, a warning says so, and `report.gained` is False. Tuning belongs to the
-    model: a sampler tuned on another one may be worse than the rule.
+    untuned rule (two standard errors of the mean difference), the untuned rule is returned, a warning says so, and
+    `report.gained` is False. Tuning belongs to the model: a sampler tuned on another one may be worse than the rule.
 
     Raises `ValueError` for numbers out of range, a missing event shape, or nfe > 50 (the rule is then accurate enough), and
     `NonFiniteError` if the network returns NaN.

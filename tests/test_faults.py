@@ -79,7 +79,7 @@ def test_stiff_drift():
     assert torch.isfinite(got.latent).all()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "ode"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("ode", "torchdiffeq", "rk45")])
 def test_exploding_drift(method):
     """Fault 2: a network that overflows float32 on the way is an error with the step, not a batch of infinities."""
     model = ScoreNet(Stiff(-1e30), VPSDE(), "noise")

@@ -50,9 +50,15 @@ LINEAR = {
 }
 
 
+ADAPTIVE = ("ode", "torchdiffeq", "rk45")
+SHARED = ("torchdiffeq", "rk45")  # step sizes are shared by the batch, as these libraries do
+MADE = {name: make() for name, make in METHODS.items()}
+DETERMINISTIC = {name for name, made in MADE.items() if made.convergence_order or name in (*ADAPTIVE, "auto")}
+
+
 def steps_of(method, steps=STEPS):
-    """A small number of steps; the adaptive method takes what it needs."""
-    return None if method == "ode" else steps
+    """A small number of steps; an adaptive method takes what it needs."""
+    return None if method in ADAPTIVE else steps
 
 
 # -- formulas of the literature --------------------------------------------------------------------------------------
@@ -349,15 +355,19 @@ def test_few_steps_are_finite(sde, method, steps, ring8):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_seeds_per_sample(method):
-    """A sample is bit for bit the same alone, in a batch, in another order, and in chunks."""
+    """A sample is bit for bit the same alone, in a batch, in another order, and in chunks; within the tolerance if shared."""
+
+    def same(a, b):
+        return torch.allclose(a, b, atol=1e-4) if method in SHARED else torch.equal(a, b)
+
     model = ScoreNet(Shrink(), VPSDE(), "noise")
     seeds = [5, 6, 7, 8, 2**40]
     whole = sample(model, (5, 3), method=method, steps=steps_of(method), seed=seeds)
     assert len({tuple(row) for row in whole.tolist()}) == 5
     for i, seed in enumerate(seeds):
-        assert torch.equal(sample(model, (1, 3), method=method, steps=steps_of(method), seed=[seed])[0], whole[i])
+        assert same(sample(model, (1, 3), method=method, steps=steps_of(method), seed=[seed])[0], whole[i])
     flipped = sample(model, (5, 3), method=method, steps=steps_of(method), seed=seeds[::-1])
-    assert torch.equal(flipped.flip(0), whole)
+    assert same(flipped.flip(0), whole)
     with pytest.raises(ValueError, match="got 5 seeds for a batch of 4"):
         sample(model, (4, 3), method=method, seed=seeds)
 
@@ -381,7 +391,7 @@ def test_x_init(method, ring8):
     b = sample(model, (6, 2), method=method, steps=steps_of(method), x_init=start, seed=2)
     assert torch.equal(start, kept)
     assert a.dtype == torch.float64
-    assert torch.equal(a, b) == (method in ("ode", "ddim", "heun"))
+    assert torch.equal(a, b) == (method in DETERMINISTIC)
     assert sample(model, (6, 2), method=method, steps=1, x_init=start.bfloat16(), seed=1).dtype == torch.float32
     with pytest.raises(ValueError, match=r"\(6, 2\).*\(5, 2\)"):
         sample(model, (5, 2), method=method, x_init=start)
@@ -410,10 +420,10 @@ def test_trajectory(method, ring8):
     x = sample(model, (4, 2), method=method, steps=5, seed=0, trajectory=record)
     plain = sample(model, (4, 2), method=method, steps=5, seed=0)
     assert torch.equal(x, plain)
-    final = method != "ode"
-    assert len(record.times) == len(record.states) == 6 + final
+    end = 6 if method == "auto" else 5  # its first move, from the prior to the first evaluation, is no step
+    assert len(record.times) == len(record.states) == end + 1 + MADE[method].denoise_final
     assert record.times[0] == 1.0
-    assert record.times[5] == VPSDE().t_min
+    assert record.times[end] == VPSDE().t_min
     assert torch.equal(record.states[-1], x)
     assert torch.equal(record.states[0], RandomSource(0, "cpu", 4).normal((4, 2), torch.float32))
     assert len({float(s.sum()) for s in record.states}) == len(record.states)
@@ -441,7 +451,7 @@ def test_a_single_step_by_hand(ring8):
 
 
 def test_methods_are_fresh_objects_with_documented_defaults():
-    """METHODS is a plain dict of classes; a class given as method= is explained."""
+    """METHODS is a plain dict of what makes a sampler; a class given as method= is explained."""
     assert METHODS["pc"] is PredictorCorrector
     assert PredictorCorrector().nfe_per_step == 2
     assert PredictorCorrector(corrector=None).nfe_per_step == 1
@@ -461,15 +471,14 @@ def test_nfe_is_what_it_says(ring8):
             return super().forward(x, label)
 
     model = ScoreNet(Counting(), VPSDE())
-    for method, cls in METHODS.items():
-        calls[0] = 0
-        if method == "ode":
-            flow = ProbabilityFlow()
-            sample(model, (1, 2), method=flow, seed=0)
-            assert calls[0] == flow.nfe
+    for method, make in METHODS.items():
+        calls[0], made = 0, make()
+        if method in ADAPTIVE:
+            sample(model, (1, 2), method=made, seed=0)
+            assert calls[0] == made.nfe > 10
         else:
-            sample(model, (1, 2), method=method, steps=4, seed=0)
-            assert calls[0] == 4 * cls().nfe_per_step + 1
+            sample(model, (1, 2), method=made, steps=4, seed=0)
+            assert calls[0] == 4 * made.nfe_per_step + made.denoise_final
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
@@ -499,7 +508,8 @@ def test_nan_from_the_network(method, value):
     assert "2 of 4" in text
     assert "step" in text
     t = float(text.split("t = ")[1].split()[0].rstrip(",;."))
-    assert 0.3 < t <= 0.45
+    assert t <= 0.45
+    assert t > (0.1 if method in SHARED else 0.3)  # the steps of the others' libraries may reach further
     assert isinstance(caught.value, FloatingPointError)
     assert isinstance(caught.value, ValueError)
 
@@ -548,8 +558,8 @@ def test_zero_score(rule):
 def test_unknown_methods_and_bad_arguments(ring8):
     """The message lists the methods, or says what was expected."""
     model = ring8.diffuse(VPSDE())
-    with pytest.raises(ValueError, match=r"'rk45'.*pc, ode, euler, reverse-diffusion, ancestral, ddim, heun"):
-        sample(model, (2, 2), method="rk45")
+    with pytest.raises(ValueError, match=r"'pcc'.*pc, euler, reverse-diffusion, .*, ode, torchdiffeq, rk45"):
+        sample(model, (2, 2), method="pcc")
     for steps in (0, -5):
         for method in METHODS:
             with pytest.raises(ValueError, match="steps must be at least 1"):

@@ -61,13 +61,13 @@ class Sampler(ABC):
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
         """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""
-        sde, t, s = model.sde, times[:-1], times[1:]
-        columns = [c.tolist() for c in self.coefficients(sde, t, s)]
+        t, s = times[:-1], times[1:]
+        columns = [c.tolist() for c in self.columns(model, t, s)]
         for i, row in enumerate(zip(*columns, strict=True)):
             if not all(math.isfinite(c) for c in row):
                 raise ValueError(
-                    f"{type(self).__name__} is undefined for {type(sde).__name__} on the step from t = {float(t[i]):g} to "
-                    f"{float(s[i]):g}; keep the grid within [{sde.t_min:g}, {sde.t_max:g}]."
+                    f"{type(self).__name__} is undefined for {type(model.sde).__name__} on the step from t = {float(t[i]):g} to "
+                    f"{float(s[i]):g}; keep the grid within [{model.sde.t_min:g}, {model.sde.t_max:g}]."
                 )
         keys = zip(t.tolist(), s.tolist(), strict=True)
         rows = zip(*columns, strict=True) if columns else ((),) * t.numel()
@@ -77,11 +77,15 @@ class Sampler(ABC):
         """The numbers that a step from t to s needs, for vectors t and s (N,) in float64."""
         return ()
 
+    def columns(self, model: ScoreModel, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """`coefficients` as this sampler's steps want them, which may fold the model's own into them."""
+        return self.coefficients(model.sde, t, s)
+
     def lookup(self, model: ScoreModel, state: State, t: float, s: float) -> Coefficients:
         """The coefficients of one step, from the table or, outside a prepared grid, computed for it."""
         found = state.table.get((t, s))
         if found is None:
-            pair = self.coefficients(model.sde, *(torch.tensor([v], dtype=torch.float64) for v in (t, s)))
+            pair = self.columns(model, *(torch.tensor([v], dtype=torch.float64) for v in (t, s)))
             found = state.table[t, s] = tuple(float(c) for c in pair)
         return found
 
@@ -102,12 +106,17 @@ class Sampler(ABC):
 class LinearSampler(Sampler):
     """x_s = A x + B D(x, t) + C z. A subclass gives `coefficients`, the formula for (A, B, C)."""
 
+    def columns(self, model: ScoreModel, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """(A + B p, B q, C) for D = p x + q F: the step in terms of the model's raw output."""
+        a, b, c = self.coefficients(model.sde, t, s)
+        p, q, _, _ = model.affine(t)
+        return a + b * p, b * q, c
+
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
         a, b, c = self.lookup(model, state, t, s)
-        p, q, _, _ = affine_at(model, t)
-        x = torch.mul(x, a + b * p).add_(model.output(x, t, cond), alpha=b * q)
+        x = torch.mul(x, a).add_(model.output(x, t, cond), alpha=b)
         return x.add_(noise.normal(x.shape, x.dtype), alpha=c) if c else x
 
 
