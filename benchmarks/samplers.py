@@ -52,9 +52,7 @@ SDES: dict[str, Callable[[], SDE]] = {
     "RF": partial(RectifiedFlow, t_min=1e-3),
     "VP-1e-5": VPSDE,  # its own t_min; not in the table by default
 }
-OURS = (
-    "auto dpm++2m dpm++3m unipc2 unipc3 deis ipndm lms adams-noise adams-angle heun dpm2 dpm3 dpm++2s ddim"
-).split()
+OURS = ("auto dpm++2m dpm++3m unipc2 unipc3 deis ipndm lms adams-noise adams-angle heun dpm2 dpm3 dpm++2s ddim").split()
 BUDGETS = (5, 8, 10, 20)  # of the tables; the plot has the others too
 PLOTTED = (5, 8, 10, 15, 20, 30, 50)
 GRIDS = {"karras": karras, "log-SNR": uniform_log_snr, "t": uniform_time}
@@ -309,6 +307,8 @@ def compare(cases: dict[str, Case], budgets: list[int], tuned: bool, plot: bool)
             lines.update(sorted(rows, key=lambda name: rows[name][key])[:4])
         if whole and tuned:
             ours["tuned"] = tuned_rows(cases, nfe)
+        for row in (row for side in (ours, theirs) for name, row in side.items() if name not in ("auto", "tuned")):
+            del row["problems"]
         found[str(nfe)] = entry
     return found
 
@@ -415,9 +415,7 @@ def on_network(
             for label, grid in ({"own": None} if name in ("auto", tuned) else GRIDS).items():
                 net.count = 0
                 steps = nfe // chosen.nfe_per_step
-                y = sample(
-                    model, tuple(x.shape), method=chosen, steps=steps, x_init=x, grid=grid, denoise_final=False
-                )
+                y = sample(model, tuple(x.shape), method=chosen, steps=steps, x_init=x, grid=grid, denoise_final=False)
                 rms, median = errors(y, end, model.sde)
                 rows[label] = {"rms": _digits(rms), "median": _digits(median), "evaluations": net.count}
             entry["tuned" if name is tuned else name] = best_grid(rows)
@@ -430,8 +428,8 @@ def on_network(
 # -- the plot --------------------------------------------------------------------------------------------------------
 
 
-def draw(results: dict[str, Any], path: Path, sdes: tuple[str, ...] = ("VP", "EDM")) -> None:
-    """Error against NFE, both axes logarithmic: RMS solid, median dashed."""
+def draw(results: dict[str, Any], path: Path, sde: str = "VP") -> None:
+    """Both errors against NFE, axes logarithmic."""
     from scoresde.plots import _figure, save
 
     # Okabe & Ito's palette
@@ -442,14 +440,12 @@ def draw(results: dict[str, Any], path: Path, sdes: tuple[str, ...] = ("VP", "ED
         "dpm++2m": ("dpm++2m", "#009E73", "^"),
         "ddim": ("ddim", "#999999", "v"),
     }
-    shown = [s for s in sdes if s in results["sdes"]]
-    figure = _figure(9, 4.2)
+    figure = _figure(9, 4.0)
     axes = figure.subplots(1, 2, sharex=True)
-    sde = shown[0]
     for ax, key, title in zip(axes, ("rms", "median"), ("RMS", "median over starts"), strict=True):
         for name, (label, colour, marker) in lines.items():
             points = []
-            for nfe, entry in sorted(results["sdes"][sde].items(), key=lambda item: int(item[0])):
+            for nfe, entry in sorted(results["sdes"][sde]["nfe"].items(), key=lambda item: int(item[0])):
                 row = entry["best_peer"].get(key) if name == "best" else entry["ours"].get(name)
                 if row:
                     points.append((int(nfe), row[key]))
@@ -493,7 +489,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     if args.json.exists() and not args.quick:
         results = importlib.import_module("json").loads(args.json.read_text())
-    results |= {"versions": versions(), "seeds": args.seeds, "starts": args.starts, "problems": args.problems}
+    results["versions"] = versions()
+    settings = {"seeds": args.seeds, "starts": args.starts, "problems": args.problems}
     if args.digits:
         on_network(args.digits, args.nfe, lambda found: write_json(args.json, results | {"digits": found}))
         return
@@ -505,10 +502,10 @@ def main() -> None:
                     print(f"{sde} {name}: largest difference from DOP853 {check_reference(case):.1e}")
             if args.grids:
                 print(f"{sde}: RMS / median error by time grid")
-                results.setdefault("grids", {})[sde] = compare_grids(cases, args.nfe)
+                results.setdefault("grids", {})[sde] = settings | {"nfe": compare_grids(cases, args.nfe)}
             else:
                 found = compare(cases, args.nfe, args.tune, plot=sde == "VP" and not args.quick)
-                results.setdefault("sdes", {})[sde] = found
+                results.setdefault("sdes", {})[sde] = settings | {"nfe": found}
                 show(sde, found, args.nfe)
             if not args.quick:
                 write_json(args.json, results)

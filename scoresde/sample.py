@@ -29,6 +29,7 @@ from scoresde.samplers import (
     FlowEuler,
     Heun,
     Multistep,
+    PathNoise,
     PredictorCorrector,
     ProbabilityFlow,
     ReverseDiffusion,
@@ -105,6 +106,7 @@ def sample(
     return_log_prob: bool = False,
     grid: Grid | Tensor | None = None,
     t_max: float | None = None,
+    brownian: bool = False,
     trajectory: Callable[[float, Tensor], None] | None = None,
     denoise_final: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -124,6 +126,8 @@ def sample(
         grid: a function of `scoresde.grids`, or decreasing times, in place of the method's own.
         t_max: start at this time in place of the process' own, from N(0, alpha^2 sigma_data^2 + sigma^2), the marginal
             there of Gaussian data (for a sigma_max: t_max = float(sde.time(-2 * math.log(sigma_max)))).
+        brownian: take the noise of a stochastic method's steps from one Brownian path in t (`samplers.BrownianPath`), so that
+            runs with one seed and more and more steps follow the same path.
         trajectory: called with (t, x) at every time of the grid, for example a `samplers.Trajectory()`.
         denoise_final: end with the denoiser at t_min; None leaves the method's own rule.
 
@@ -166,6 +170,8 @@ def sample(
         x = scale * noise.normal(shape, dtype)
     else:
         x = x_init.to(device, dtype, copy=True)
+    if brownian and shape[0]:
+        noise = PathNoise(noise, shape, end, start, dtype)
     with evaluating(model):
         if shape[0]:
             x = run(

@@ -2,7 +2,7 @@
 
 from scoresde.samplers.backends import ScipyRK45, TorchDiffEq, TorchSDE
 from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, run, steps_within, time_grid, transition
-from scoresde.samplers.brownian import BrownianPath
+from scoresde.samplers.brownian import BrownianPath, PathNoise
 from scoresde.samplers.corrector import AnnealedLangevin, Langevin, PredictorCorrector
 from scoresde.samplers.exponential import Angle, Data, ErSde, Noise, Prediction, Tau
 from scoresde.samplers.few_step import FewStep, Scheme
@@ -29,6 +29,7 @@ __all__ = [
     "LinearSampler",
     "Multistep",
     "Noise",
+    "PathNoise",
     "Prediction",
     "PredictorCorrector",
     "ProbabilityFlow",

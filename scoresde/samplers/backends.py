@@ -64,8 +64,8 @@ def _require_finite(value: Tensor, t: float) -> Tensor:
     if not bool(ok.all()):
         rows = (~ok).nonzero().flatten().tolist()
         raise checks.NonFiniteError(
-            f"NaN or infinity in the step at t = {t:.6g}, in {len(rows)} of {value.shape[0]} samples, rows {checks.rows_text(rows)}. "
-            "Check the network's output at that t."
+            f"NaN or infinity in the step at t = {t:.6g}, in {len(rows)} of {value.shape[0]} samples, "
+            f"rows {checks.rows_text(rows)}. Check the network's output at that t."
         )
     return value
 

@@ -26,6 +26,7 @@ from scoresde.grids import Grid, given, uniform_time
 from scoresde.model import ScoreModel
 from scoresde.progress import bar
 from scoresde.rng import RandomSource
+from scoresde.samplers.brownian import PathNoise
 from scoresde.sde import SDE
 
 Coefficients = tuple[float, ...]
@@ -218,12 +219,15 @@ def run(
     state = sampler.start(model, times)
     points = times.tolist()
     watch = _Watch(x.device)
+    follows = isinstance(noise, PathNoise)
     final = int(sampler.denoise_final if denoise_final is None else denoise_final)
     if trajectory is not None:
         trajectory(points[0], x)
     with bar(steps + final, "sampling", "step", progress) as ticks:
         for i in range(steps + final):
             if i < steps:
+                if follows:
+                    noise.advance(points[i], points[i + 1])
                 x = sampler.step(model, x, points[i], points[i + 1], state, noise, cond)
             else:
                 x = model.denoise(x, points[-1], cond)

@@ -156,3 +156,31 @@ def _splitmix(seed: int, n: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
+
+
+class PathNoise(RandomSource):
+    """Normal numbers for a sampler's steps from one Brownian path: z = (W(t) - W(s)) / sqrt(t - s) on the step from t to s.
+
+    However the steps are refined, they follow the same path: for `EulerMaruyama` runs with more and more steps converge
+    to one endpoint per seed (strong order 1, the noise is additive), and so do the other stochastic methods to theirs. Only the
+    first draw of a step is the path's; further ones (correctors) come from `source`, from which the path's seed was drawn.
+    """
+
+    def __init__(self, source: RandomSource, shape: Sequence[int], low: float, high: float, dtype: torch.dtype):
+        self.source, self.salt, self.device = source, source.salt, source.device
+        self.rows = source.rows
+        self.path = BrownianPath(shape, source, low, high, dtype=dtype)
+        self.step: tuple[float, float] | None = None
+
+    def advance(self, t: float, s: float) -> None:
+        """The next draw belongs to the step from t to s < t."""
+        self.step = (t, s)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.step is None:
+            return self.source.normal(shape, dtype)
+        (t, s), self.step = self.step, None
+        return self.path.increment(s, t).to(dtype).mul_(1 / math.sqrt(t - s))
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self.source.uniform(shape, dtype)
