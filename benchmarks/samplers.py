@@ -40,7 +40,7 @@ from scoresde import EDMSDE, METHODS, VESDE, VPSDE, GaussianMixture, RectifiedFl
 from scoresde.grids import angle, karras, uniform_log_snr, uniform_time
 from scoresde.samplers import ProbabilityFlow, steps_within
 from scoresde.samplers.few_step import nodes
-from scoresde.sde import SDE, expand
+from scoresde.sde import SDE
 from scoresde.store import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +52,23 @@ SDES: dict[str, Callable[[], SDE]] = {
     "RF": partial(RectifiedFlow, t_min=1e-3),
     "VP-1e-5": VPSDE,  # its own t_min; not in the table by default
 }
-OURS = ("auto dpm++2m dpm++3m unipc2 unipc3 deis ipndm lms adams-noise adams-angle heun dpm2 dpm3 dpm++2s ddim").split()
+OURS = [
+    "auto",
+    "dpm++2m",
+    "dpm++3m",
+    "unipc2",
+    "unipc3",
+    "deis",
+    "ipndm",
+    "lms",
+    "adams-noise",
+    "adams-angle",
+    "heun",
+    "dpm2",
+    "dpm3",
+    "dpm++2s",
+    "ddim",
+]
 BUDGETS = (5, 8, 10, 20)  # of the tables; the plot has the others too
 PLOTTED = (5, 8, 10, 15, 20, 30, 50)
 GRIDS = {"karras": karras, "log-SNR": uniform_log_snr, "t": uniform_time}
@@ -67,7 +83,16 @@ FALLING = {
         ("deis3", "DEISMultistepScheduler", dict(vp=True, output="epsilon", solver_order=3)),
     )
 }
-SAME = "diffusers/euler azula/euler azula/ddim azula/heun azula/zeab2 azula/zeab3 azula/xeab2 azula/zab4".split()
+SAME = [
+    "diffusers/euler",
+    "azula/euler",
+    "azula/ddim",
+    "azula/heun",
+    "azula/zeab2",
+    "azula/zeab3",
+    "azula/xeab2",
+    "azula/zab4",
+]
 """The same step as another peer's: DDIM, Heun, DEIS, DPM-Solver++ (2M, Heun) and LMS of diffusers."""
 RIVALS = {name: p for name, p in PEERS.items() if p.order is not None and name not in SAME} | FALLING
 

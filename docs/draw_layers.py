@@ -11,22 +11,22 @@ from matplotlib.patches import FancyBboxPatch
 LAYERS = [
     ("5  the person", ["cli"], "#f3f3f3"),
     ("4  the outside world", ["data", "train", "interop", "plots"], "#e8e1f0"),
-    ("3  what to compute", ["samplers", "likelihood", "sample", "metrics", "store"], "#dcebf7"),
-    ("2  the denoiser", ["model", "quantized", "mixture", "losses", "flow"], "#dff1e6"),
+    ("3  what to compute", ["samplers", "latents", "likelihood", "sample", "tune", "metrics", "store"], "#dcebf7"),
+    ("2  the denoiser", ["bound", "model", "quantized", "mixture", "losses", "flow"], "#dff1e6"),
     ("1  alpha, sigma, time", ["sde", "grids"], "#fdf1d8"),
     ("0  torch only", ["checks", "rng", "modes", "ode", "nets"], "#f9e1d6"),
 ]
 
 
 def main() -> None:
-    figure = Figure(figsize=(8.6, 5.0))
+    figure = Figure(figsize=(10.8, 5.0))
     FigureCanvasSVG(figure)
     ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, 86), ylim=(0, 50))
+    ax.set(xlim=(0, 108), ylim=(0, 50))
     ax.axis("off")
     for i, (title, rooms, colour) in enumerate(LAYERS):
         y = 42 - 8 * i
-        ax.add_patch(FancyBboxPatch((1, y), 80, 6.2, boxstyle="round,pad=0.2", fc=colour, ec="#888888", lw=0.8))
+        ax.add_patch(FancyBboxPatch((1, y), 102, 6.2, boxstyle="round,pad=0.2", fc=colour, ec="#888888", lw=0.8))
         ax.text(2.2, y + 3.1, title, va="center", fontsize=10, weight="bold")
         for j, room in enumerate(rooms):
             x = 25.5 + 11.1 * j
@@ -34,8 +34,8 @@ def main() -> None:
                 FancyBboxPatch((x, y + 1), 9.6, 4.2, boxstyle="round,pad=0.2", fc="white", ec="#888888", lw=0.8)
             )
             ax.text(x + 4.8, y + 3.1, room, va="center", ha="center", fontsize=9.5, family="monospace")
-    ax.annotate("", (83.5, 3), (83.5, 47), arrowprops=dict(arrowstyle="-|>", color="#444444"))
-    ax.text(84.6, 25, "imports point down", rotation=270, va="center", ha="center", fontsize=9, color="#444444")
+    ax.annotate("", (105.5, 3), (105.5, 47), arrowprops=dict(arrowstyle="-|>", color="#444444"))
+    ax.text(106.6, 25, "imports point down", rotation=270, va="center", ha="center", fontsize=9, color="#444444")
     figure.savefig(Path(__file__).with_name("layers.svg"))
 
 

@@ -23,6 +23,16 @@ def test_the_readme_s_two_dimensional_examples_run_in_order():
     assert names["x"].shape == (1000, 2)
 
 
+@pytest.mark.slow
+def test_the_readme_s_few_step_example_runs_on_the_first_model():
+    """`auto` and `tune`, with the mixture of the first block, gain what the report says."""
+    names = {}
+    exec(PYTHON[0], names)
+    exec(next(block for block in PYTHON if "tune(" in block), names)
+    assert names["eight"].report.gained
+    assert names["x"].shape == (1000, 2)
+
+
 def test_the_readme_lists_every_method():
     table = (ROOT / "README.md").read_text()
     for name in METHODS:
