@@ -156,15 +156,24 @@ def save_sampler(sampler: FewStep, folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load_samplers(folder: str | os.PathLike[str]) -> dict[int, FewStep]:
-    """The tuned samplers in a model's folder by their number of evaluations. Raises `ValueError` for a damaged file."""
+def model_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a finished model, from that folder, its run's folder or its file. Raises `FileNotFoundError` without one."""
+    path = Path(path)
+    for candidate in (path, path / "model", path.parent):
+        if (candidate / MODEL_FILE).is_file():
+            return candidate
+    raise FileNotFoundError(f"{path} holds no finished model (looked for {MODEL_FILE} there and in {path / 'model'}).")
+
+
+def load_samplers(path: str | os.PathLike[str]) -> dict[int, FewStep]:
+    """The tuned samplers beside a model, by their number of evaluations. Raises `ValueError` for a damaged file."""
     found = {}
-    for path in sorted(Path(folder).glob(f"{SAMPLER_FILE}*.safetensors")):
-        tensors, header = read_tensors(path)
+    for file in sorted(model_folder(path).glob(f"{SAMPLER_FILE}*.safetensors")):
+        tensors, header = read_tensors(file)
         try:
             sampler = FewStep.from_tensors(tensors, header["sampler"])
         except (KeyError, TypeError) as e:
-            raise ValueError(f"{path} does not hold a sampler of scoresde: {type(e).__name__}: {e}.") from e
+            raise ValueError(f"{file} does not hold a sampler of scoresde: {type(e).__name__}: {e}.") from e
         found[sampler.default_steps] = sampler
     return dict(sorted(found.items()))
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import signal
 
 import numpy as np
@@ -181,6 +182,29 @@ def test_sample_in_chunks(capsys, model_path, tmp_path, monkeypatch):
     whole, parts = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("whole", "parts"))
     assert whole.shape == parts.shape
     assert np.mean(whole == parts) > 0.95
+
+
+def test_tune_and_sample_with_what_it_learned(capsys, model_path, tmp_path):
+    """tune leaves a sampler beside the model, whose images sample --method tuned draws; without one it says how to make it."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_path, folder)
+    line = fails(capsys, "sample", folder, "--method", "tuned", "--out", tmp_path / "x")
+    assert "there is none yet" in line
+    assert "scoresde tune MODEL" in line
+    learn = ("tune", folder, "--nfe", 3, "--starts", 16, "--iterations", 2, "--teacher_nfe", 12)
+    code, out, _ = call(capsys, *learn)
+    assert code == 0
+    assert "3 NFE, 8 held-out starts: rms" in out
+    assert "saved" in out
+    assert (folder / "sampler-3.safetensors").is_file()
+    code, _, _ = call(capsys, "sample", folder, "--method", "tuned", "--n", 2, "--out", tmp_path / "x")
+    assert code == 0
+    assert np.load(tmp_path / "x" / "samples.npz")["images"].shape == (2, *SHAPE)
+    assert "samplers of 3 evaluations" in fails(
+        capsys, "sample", folder, "--method", "tuned", "--nfe", 4, "--out", tmp_path
+    )
+    code, _, _ = call(capsys, "sample", folder, "--method", "auto", "--nfe", 4, "--n", 2, "--out", tmp_path / "y")
+    assert code == 0
 
 
 def test_sample_of_a_model_without_levels(capsys, tmp_path):

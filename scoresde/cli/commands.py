@@ -13,8 +13,10 @@ import torch
 
 from scoresde._version import __version__
 from scoresde.sample import METHODS
+from scoresde.samplers import FewStep, Sampler
 
-Method = Literal[tuple(METHODS)]  # the names of `scoresde.sample.METHODS`, as choices on the command line
+# the names of `scoresde.sample.METHODS`, as choices on the command line, and what `scoresde tune` left beside the model
+Method = Literal[("tuned", *METHODS)]
 CHUNK = 256
 
 
@@ -103,6 +105,7 @@ def sample(
     n: int = 64,
     method: Method = "pc",
     steps: int | None = None,
+    nfe: int | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -114,8 +117,10 @@ def sample(
         model: A model's folder or file, or a training run's folder.
         out: Folder for samples.png and samples.npz (integer levels, named "images").
         n: How many images.
-        method: Sampling method; pc is the predictor-corrector, ode the adaptive probability flow.
+        method: Sampling method; pc is the predictor-corrector, ode the adaptive probability flow, auto the choice for few
+            network evaluations, tuned what `scoresde tune` learned (with --nfe where it learned several).
         steps: Steps of the method; its own default if not given.
+        nfe: Network evaluations in all, in place of steps.
         seed: Seed.
         device: auto, cpu or cuda.
     """
@@ -132,7 +137,8 @@ def sample(
         )
     folder = Path(out)
     check_writable(folder)
-    k = draw_images(net, n, method, steps, seed)
+    chosen = tuned_sampler(model, nfe) if method == "tuned" else method
+    k = draw_images(net, n, chosen, steps, seed, nfe)
     array = k.numpy() if net.levels is None or net.levels > 256 else k.to(torch.uint8).numpy()
 
     def write(path: Path) -> None:
@@ -146,6 +152,69 @@ def sample(
         side = math.ceil(math.sqrt(min(n, 256)))
         figure = plots.sample_grids({f"{method}, seed {seed}": k[:256]}, columns=side, low=low, high=high)
         print(f"grid: {plots.save(figure, folder / 'samples.png')}")
+
+
+def tune(
+    model: str,
+    nfe: int = 8,
+    starts: int = 256,
+    iterations: int = 8,
+    teacher_nfe: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Learn a sampler with few network evaluations on a trained model, and leave it beside the model.
+
+    Use it with: scoresde sample MODEL --method tuned
+
+    Args:
+        model: A model's folder or file, or a training run's folder.
+        nfe: Network evaluations of the sampler.
+        starts: Trajectories to learn from; half as many again are held out for the figures.
+        iterations: Iterations of the fit.
+        teacher_nfe: Network evaluations of the reference trajectories.
+        seed: Seed of the starts.
+        device: auto, cpu or cuda.
+    """
+    from scoresde import load
+    from scoresde import tune as learn
+    from scoresde.store import check_writable, model_folder, save_sampler
+
+    folder = model_folder(model)
+    check_writable(folder)
+    net = load(model).to(pick_device(device))
+    sampler = learn(
+        net,
+        nfe,
+        starts=starts,
+        held_out=max(8, starts // 2),
+        iterations=iterations,
+        teacher_nfe=teacher_nfe,
+        jacobian_starts=max(8, min(128, starts // 2)),
+        seed=seed,
+        progress=True,
+    )
+    print(sampler.report)
+    if sampler.report.gained:
+        print(f"saved: {save_sampler(sampler, folder)}")
+    else:
+        print("nothing saved: use --method auto.")
+
+
+def tuned_sampler(model: str, nfe: int | None) -> FewStep:
+    """The sampler that `scoresde tune` left beside the model; `ValueError` where there is none, or nfe does not say which."""
+    from scoresde.store import load_samplers
+
+    found = load_samplers(model)
+    if nfe is None and len(found) == 1:
+        return next(iter(found.values()))
+    if nfe not in found:
+        there = f"there are samplers of {', '.join(map(str, found))} evaluations" if found else "there is none yet"
+        raise ValueError(
+            f"no tuned sampler{'' if nfe is None else f' of {nfe} evaluations'} beside {model}: {there}; "
+            "make one with: scoresde tune MODEL --nfe N, or choose one with --nfe."
+        )
+    return found[nfe]
 
 
 def bpd(
@@ -212,7 +281,15 @@ def info(model: str | None = None) -> None:
     print(f"parameters: {sum(p.numel() for p in net.parameters()):,}")
 
 
-def draw_images(net, n: int, method: str, steps: int | None, seed: int, progress: bool = True) -> torch.Tensor:
+def draw_images(
+    net,
+    n: int,
+    method: str | Sampler,
+    steps: int | None,
+    seed: int,
+    nfe: int | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
     """n images on the CPU, image i from (seed, i), as integer levels where the model has them."""
     from scoresde import sample as draw
     from scoresde.likelihood import quantize
@@ -222,7 +299,7 @@ def draw_images(net, n: int, method: str, steps: int | None, seed: int, progress
     for start in range(0, n, CHUNK):
         seeds = spawn(seed, min(CHUNK, n - start), start)
         shape = (len(seeds), *net.event_shape)
-        parts.append(draw(net, shape, method=method, steps=steps, seed=seeds, progress=progress).cpu())
+        parts.append(draw(net, shape, method=method, steps=steps, nfe=nfe, seed=seeds, progress=progress).cpu())
     x = torch.cat(parts)
     return x if net.levels is None else quantize(x, net.levels, net.value_range)
 

@@ -1,4 +1,4 @@
-"""The command line: `scoresde demo | train | sample | bpd | info`. Layer 5."""
+"""The command line: `scoresde demo | train | sample | tune | bpd | info`. Layer 5."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": demo,
     "train": commands.train,
     "sample": commands.sample,
+    "tune": commands.tune,
     "bpd": commands.bpd,
     "info": commands.info,
 }
