@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks
+from scoresde import checks, ode
 from scoresde.flow import AnglePath
 from scoresde.grids import Grid
-from scoresde.likelihood.log_prob import log_prob
+from scoresde.likelihood.log_prob import generate
 from scoresde.model import ScoreModel, check_cond, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
@@ -172,6 +172,15 @@ def sample(
         x = x_init.to(device, dtype, copy=True)
     if brownian and shape[0]:
         noise = PathNoise(noise, shape, end, start, dtype)
+    if return_log_prob:
+        settings = dict(rtol=chosen.rtol, atol=chosen.atol, method=chosen.method, max_nfe=chosen.max_nfe)
+        x, result = generate(model, x, times.tolist(), **settings, seed=seed, cond=cond, trajectory=trajectory)
+        if bool((result.status != ode.OK).any()):
+            raise RuntimeError(
+                f"the ODE solve failed: {ode.STATUS_TEXT[int(result.status.max())]}. Raise max_nfe or tolerances."
+            )
+        chosen.nfe = float(result.nfe.double().mean()) if shape[0] else 0.0
+        return x, result.value
     with evaluating(model):
         if shape[0]:
             x = run(
@@ -183,12 +192,9 @@ def sample(
                 cond=cond,
                 progress=progress,
                 trajectory=trajectory,
-                denoise_final=False if return_log_prob else denoise_final,
+                denoise_final=denoise_final,
             )
-    if not return_log_prob:
-        return x
-    result = log_prob(model, x, rtol=chosen.rtol, atol=chosen.atol, method=chosen.method, cond=cond, seed=seed)
-    return x, result.value
+    return x
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:

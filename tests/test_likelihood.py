@@ -289,10 +289,10 @@ def test_round_trip(sde, full3):
 
 
 def test_return_log_prob(sde, ring8):
-    """Samples come with their log densities, which are the mixture's; the samples are those without them."""
+    """Samples come with their log densities, which are the mixture's, from one solve; they are those without, to tolerance."""
     model = ring8.diffuse(sde)
     x, value = sample(model, (32, 2), method="ode", seed=3, return_log_prob=True)
-    assert torch.equal(x, sample(model, (32, 2), method="ode", seed=3))
+    torch.testing.assert_close(x, sample(model, (32, 2), method="ode", seed=3), rtol=0, atol=5e-3)
     assert value.shape == (32,)
     error = (value - model.log_prob(x, sde.t_min)).abs()
     assert float(error.mean()) < 1e-2

@@ -1,33 +1,29 @@
 r"""Log density by the probability-flow ODE.
 
-Layer 3. On the angle path (`scoresde.flow`), $du/d\theta = v(u, \theta)$, the instantaneous change of variables
-(Chen et al. 2018, theorem 1; Song et al. 2021, equation 39) reads
-
-$$\log p(x_{t_{min}}) = \log \pi(x_1) + \int_{\theta(t_{min})}^{\theta(1)} \mathrm{tr}\frac{\partial v}{\partial u}\,d\theta
-  + d\,\log\frac{r(1)}{r(t_{min})},$$
-
-with r the scale of x = r u and $\pi$ the model's density at t = 1: the SDE's prior for a network, the closed form for an
-exact mixture. The result is the density of the model's own marginal at t_min.
+Layer 3. $\log p(x_{t_{min}}) = \log\pi(x_1) + $ the change along the flow (`scoresde.likelihood.transport`), with $\pi$ the
+model's density at t = 1: the SDE's prior for a network, the closed form for an exact mixture. The result is the density of
+the model's own marginal at t_min.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import ode
-from scoresde.flow import AnglePath, take_rows
 from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
+from scoresde.likelihood.transport import Transport, transport
 from scoresde.model import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource, Seed
-from scoresde.samplers.ode import raise_if_failed
-from scoresde.sde import expand
 
+PROBES = 1  # the salt of the probes' seed: they must not repeat the noise that a sample was drawn from
 EXACT_UP_TO = 32  # entries of an example up to which the exact trace is the default
 
 
@@ -77,38 +73,70 @@ def log_prob(
     divergence = default_divergence(d) if divergence is None else divergence
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {divergence!r}.")
-    sde, path = model.sde, AnglePath(model.sde, model.sigma_data)
-    ends = (sde.t_min, model.flow_end)
-    probes = divergence.probes(x.shape, x.dtype, RandomSource(seed, x.device, x.shape[0], salt=1))
-
-    def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = take_rows(cond, rows)
-        return divergence(
-            lambda leaf: path.velocity(model, leaf, theta, ends, chosen), u, None if probes is None else probes[rows]
-        )
-
+    probes = divergence.probes(x.shape, x.dtype, RandomSource(seed, x.device, x.shape[0], salt=PROBES))
     with evaluating(model):
-        solution = ode.solve(
-            slope,
-            x / expand(path.scale(sde.t_min), x),
-            float(path.angle(sde.t_min)),
-            float(path.angle(ends[1])),
+        moved = transport(
+            model,
+            x,
+            model.sde.t_min,
+            1.0,
+            divergence,
+            probes,
             rtol=rtol,
             atol=atol,
-            q_tol=10 * (rtol + atol),
             method=method,
             max_nfe=max_nfe,
+            cond=cond,
         )
-    if bool((solution.status == ode.NOT_FINITE).any()):
-        raise_if_failed(solution, path, ends)
-    latent = solution.y * expand(path.scale(ends[1]), x)
-    q = solution.q if solution.q.shape[1] else torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device)
-    rescale = d * math.log(float(path.scale(ends[1])) / float(path.scale(sde.t_min)))
-    value = model.terminal_log_prob(latent) + q.mean(1) + rescale
-    value = torch.where(solution.status == ode.OK, value, torch.nan)
+    return from_transport(model.terminal_log_prob(moved.x), -moved.change, moved, moved.x, divergence)
+
+
+def generate(
+    model: ScoreModel,
+    z: Tensor,
+    times: Sequence[float],
+    *,
+    divergence: Divergence | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: str = "tsit5",
+    max_nfe: int = 10_000,
+    seed: Seed = None,
+    cond: Any = None,
+    trajectory: Callable[[float, Tensor], None] | None = None,
+) -> tuple[Tensor, LogProb]:
+    """Latents z (B, *) at times[0] to samples at times[-1] with their log densities, from one solve.
+
+    `times`: decreasing, from the prior's end to t_min; the states there go to `trajectory`. The rest is as for `log_prob`.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    divergence = default_divergence(math.prod(z.shape[1:])) if divergence is None else divergence
+    probes = divergence.probes(z.shape, z.dtype, RandomSource(seed, z.device, z.shape[0], salt=PROBES))
+    x, value, change, nfe = z, model.terminal_log_prob(z), 0.0, 0
+    status = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
+    if trajectory is not None:
+        trajectory(times[0], x)
+    with evaluating(model):
+        for t, s in pairwise(times):
+            moved = transport(
+                model, x, t, s, divergence, probes, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe, cond=cond
+            )
+            x, change, nfe = moved.x, change + moved.change, nfe + moved.nfe
+            status = torch.maximum(status, moved.status)
+            if trajectory is not None:
+                trajectory(s, x)
+    whole = Transport(x, change, nfe, status)
+    return x, from_transport(value, change, whole, z, divergence)
+
+
+def from_transport(start: Tensor, change: Tensor, moved: Transport, latent: Tensor, divergence: Divergence) -> LogProb:
+    """Log densities from the known density `start` (B,) and the estimates `change` (B, k) of what is added to it."""
+    done = moved.status == ode.OK
+    value = torch.where(done, start + change.mean(1), torch.nan)
     if isinstance(divergence, Exact):
         stderr = torch.zeros_like(value)
+    elif change.shape[1] > 1:
+        stderr = change.std(1) / math.sqrt(change.shape[1])
     else:
-        stderr = q.std(1) / math.sqrt(q.shape[1]) if q.shape[1] > 1 else torch.full_like(value, torch.nan)
-    stderr = torch.where(solution.status == ode.OK, stderr, torch.nan)
-    return LogProb(value, stderr, latent, solution.nfe, solution.status)
+        stderr = torch.full_like(value, torch.nan)
+    return LogProb(value, torch.where(done, stderr, torch.nan), latent, moved.nfe, moved.status)
