@@ -21,7 +21,7 @@ Grid: TypeAlias = "Callable[..., Tensor]"
 
 def uniform_time(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times equally spaced in t."""
-    high, low = _ends(sde, steps, t_max).tolist()
+    high, low = ends_of(sde, steps, t_max).tolist()
     return torch.linspace(high, low, steps + 1, dtype=torch.float64)
 
 
@@ -47,7 +47,7 @@ def angle(sde: SDE, steps: int, scale: float = 1.0, *, t_max: float | None = Non
 
 def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
     """steps + 1 times t_min + (t_max - t_min) (1 - cos(pi u / 2)), u equally spaced: dense towards the data."""
-    ends = _ends(sde, steps, t_max)
+    ends = ends_of(sde, steps, t_max)
     high, low = ends.tolist()
     u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
     return _with_ends(low + (high - low) * (1 - torch.cos(0.5 * torch.pi * u)), ends)
@@ -71,7 +71,7 @@ def given(times: Sequence[float] | Tensor) -> Grid:
     return grid
 
 
-def _ends(sde: SDE, steps: int, t_max: float | None) -> Tensor:
+def ends_of(sde: SDE, steps: int, t_max: float | None) -> Tensor:
     """(t_max, t_min) after checks; `t_max` None for the process' own."""
     checks.positive_int(steps, "steps")
     high = sde.t_max if t_max is None else float(t_max)
@@ -88,7 +88,7 @@ def _by_ratio(
     Where sigma is 0 at t_min the last step is the one to it, and the grid proper ends at sigma/alpha = 0.002, the sigma_min of
     Karras et al.: a warp of 0 may be infinite, and points at vanishing noise would be wasted.
     """
-    ends = _ends(sde, steps, t_max)
+    ends = ends_of(sde, steps, t_max)
     ratios = torch.exp(-0.5 * sde.log_snr(ends))
     to_zero = float(sde.sigma(ends[1])) == 0.0
     if to_zero:

@@ -72,6 +72,7 @@ def interpolate(
     """
     check_input(model, x0, cond, "x0")
     checks.same_shape(checks.batch(x1, "x1"), x0.shape, "x1")
+    checks.finite(x1, "x1")
     if isinstance(weights, int):
         weights = torch.linspace(0, 1, checks.positive_int(weights, "weights"), dtype=torch.float64).tolist()
     if not weights or not all(0 <= w <= 1 for w in weights):

@@ -204,9 +204,14 @@ class ScoreNet(ScoreModel):
         return network_result(out, x)
 
     def bound(self, x: Tensor, times: Tensor) -> Bound:
-        if type(self).denoise is not ScoreNet.denoise:  # a subclass changed what the network's output means
-            return Bound(self, x, times, plain=True)
+        if self._redefined or type(self).output is not ScoreNet.output:
+            return Bound(self, x, times, plain=self._redefined)
         return BoundNet(self, x, times)
+
+    @property
+    def _redefined(self) -> bool:
+        """Whether a subclass gives the denoiser itself, so that nothing may be read off the network's output instead."""
+        return type(self).denoise is not ScoreNet.denoise
 
     def affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return tuple(torch.zeros_like(t) if v is None else v for v in self._coefficients(t))
@@ -239,22 +244,28 @@ class ScoreNet(ScoreModel):
         return _combine(a, x, b, self.output(x, t, cond))
 
     def noise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        if self._redefined:
+            return super().noise(x, t, cond)
         t = self.time_of(t, x)
         _, _, c, e = self._coefficients(t)
         return _combine(c, x, e, self.output(x, t, cond))
 
     def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
+        if self._redefined:
+            return super().predict(x, t, cond)
         t = self.time_of(t, x)
         a, b, c, e = self._coefficients(t)
         out = self.output(x, t, cond)
         return _combine(a, x, b, out), _combine(c, x, e, out)
 
     def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        if self.parameterization == "score":
+        if self.parameterization == "score" and not self._redefined:
             return self.output(x, self.time_of(t, x), cond)
         return super().score(x, t, cond)
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+        if self._redefined:
+            return super().velocity(x, t, cond)
         t = self.time_of(t, x)
         if self.parameterization == "velocity":
             return self.output(x, t, cond)

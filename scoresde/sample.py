@@ -146,7 +146,7 @@ def sample(
     if nfe is not None:
         if steps is not None:
             raise ValueError(f"pass steps or nfe, not both; got steps={steps} and nfe={nfe}.")
-        steps = steps_within(chosen, nfe, denoise_final)
+        steps = steps_within(chosen, model.sde, nfe, denoise_final)
     times = time_grid(chosen, model, steps, grid, t_max)
     start, end = float(times[0]), float(times[-1])
     if return_log_prob and end != model.sde.t_min:

@@ -395,6 +395,7 @@ def test_tuning_with_conditions():
     cond = torch.tensor([[0.0], [0.6], [-0.4]], dtype=torch.float64)
     sampler = tune(model, 4, cond=cond, **QUICK)
     assert sampler.report.gained
+    assert not np.array_equal(sampler.scheme.r, tune(model, 4, cond=cond[:1], **QUICK).scheme.r)
     x, rows = starts(model.sde, 90, 5), cond.repeat(30, 1)
     exact = sample(model, x.shape, method=ProbabilityFlow(1e-8, 1e-8), x_init=x, cond=rows, grid=[1.0, 1e-3])
     before, after = (distances(model, x, exact, m, steps=4, cond=rows) for m in ("auto", sampler))

@@ -25,12 +25,12 @@ def model(full3, sde):
 
 def test_round_trip(model, full3):
     """decode inverts encode and encode decode, within the tolerances."""
-    x = full3.sample(5, seed=1)
-    z = encode(model, x, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(decode(model, z, rtol=1e-8, atol=1e-8), x, rtol=0, atol=1e-5)
-    latent = model.sde.prior_std * normal(5, 3)
-    back = encode(model, decode(model, latent, rtol=1e-9, atol=1e-9), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(back / model.sde.prior_std, latent / model.sde.prior_std, rtol=0, atol=1e-4)
+    x = full3.sample(3, seed=1)
+    z = encode(model, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decode(model, z, rtol=1e-6, atol=1e-6), x, rtol=0, atol=1e-4)
+    latent = model.sde.prior_std * normal(3, 3)
+    back = encode(model, decode(model, latent, rtol=1e-7, atol=1e-7), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(back / model.sde.prior_std, latent / model.sde.prior_std, rtol=0, atol=1e-3)
     loose = decode(model, encode(model, x, rtol=1e-2, atol=1e-2), rtol=1e-2, atol=1e-2)
     assert float((loose - x).abs().max()) > 1e-5  # the tolerances are used
 
@@ -125,21 +125,22 @@ def test_slerp_errors():
 def test_interpolate_is_slerp_of_latents(model, full3):
     """(W, B, *) with the two examples at the ends; between them decode(slerp(encode, encode))."""
     x = full3.sample(4, seed=3)
-    path = interpolate(model, x[:2], x[2:], [0.0, 0.25, 1.0], rtol=1e-7, atol=1e-7)
+    path = interpolate(model, x[:2], x[2:], [0.0, 0.25, 1.0], rtol=1e-6, atol=1e-6)
     assert path.shape == (3, 2, 3)
     torch.testing.assert_close(path[0], x[:2], rtol=0, atol=1e-4)
     torch.testing.assert_close(path[2], x[2:], rtol=0, atol=1e-4)
-    z = encode(model, x, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(path[1], decode(model, slerp(z[:2], z[2:], 0.25), rtol=1e-7, atol=1e-7))
+    z = encode(model, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(path[1], decode(model, slerp(z[:2], z[2:], 0.25), rtol=1e-6, atol=1e-6))
 
 
 def test_how_many_weights(full3):
     """A number stands for as many equally spaced weights; 1 gives the first example, 8 are the default."""
     model, x = full3.diffuse(VPSDE()), full3.sample(2, seed=4)
-    path = interpolate(model, x[:1], x[1:], 3)
-    torch.testing.assert_close(path, interpolate(model, x[:1], x[1:], [0.0, 0.5, 1.0]))
-    torch.testing.assert_close(interpolate(model, x[:1], x[1:], 1)[0], x[:1], rtol=0, atol=1e-3)
-    assert interpolate(model, x[:1], x[1:]).shape == (8, 1, 3)
+    loose = dict(rtol=1e-3, atol=1e-3)
+    path = interpolate(model, x[:1], x[1:], 3, **loose)
+    torch.testing.assert_close(path, interpolate(model, x[:1], x[1:], [0.0, 0.5, 1.0], **loose))
+    torch.testing.assert_close(interpolate(model, x[:1], x[1:], 1, **loose)[0], x[:1], rtol=0, atol=0.05)
+    assert interpolate(model, x[:1], x[1:], **loose).shape == (8, 1, 3)
 
 
 def test_images(image16):
@@ -177,15 +178,16 @@ def test_conditions(wrap):
         cond + normal(3, 2, seed=12, dtype=torch.float32) / 5,
         cond + normal(3, 2, seed=13, dtype=torch.float32) / 5,
     )
-    path = interpolate(model, x0, x1, 3, cond=wrap(cond))
+    loose = dict(rtol=1e-3, atol=1e-3)
+    path = interpolate(model, x0, x1, 3, cond=wrap(cond), **loose)
     assert model.training
     assert model.net.drop.training
-    torch.testing.assert_close(path[0], x0, rtol=0, atol=2e-3)
-    torch.testing.assert_close(path[-1], x1, rtol=0, atol=2e-3)
+    torch.testing.assert_close(path[0], x0, rtol=0, atol=5e-2)
+    torch.testing.assert_close(path[-1], x1, rtol=0, atol=5e-2)
     for i in range(3):
-        alone = interpolate(model, x0[i : i + 1], x1[i : i + 1], 3, cond=wrap(cond[i : i + 1]))
+        alone = interpolate(model, x0[i : i + 1], x1[i : i + 1], 3, cond=wrap(cond[i : i + 1]), **loose)
         torch.testing.assert_close(alone[:, 0], path[:, i], rtol=0, atol=1e-4)
-    other = decode(model, encode(model, x0, cond=wrap(cond)), cond=wrap(cond + 0.5))
+    other = decode(model, encode(model, x0, cond=wrap(cond), **loose), cond=wrap(cond + 0.5), **loose)
     assert float((other - x0).abs().max()) > 0.1
 
 

@@ -162,7 +162,7 @@ def cases():
             yield pytest.param(name, sde, id=f"{name}-{type(sde).__name__}")
 
 
-@pytest.mark.parametrize(("name", "sde"), cases())
+@pytest.mark.parametrize(("name", "sde"), list(cases()))
 def test_weak_order(name, sde):
     """The errors of mean and variance fall with the weak order, within 0.25; the mean may also be exact at once."""
     order, limit, sampler = TABLE[name]

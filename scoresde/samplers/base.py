@@ -46,7 +46,8 @@ class Sampler(ABC):
     Attributes: `default_steps`; `grid`, the time grid used unless another is given; `denoise_final`, whether the loop
     ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
     `nfe_per_step`, evaluations of the network per step (0: as many as its tolerances need); `convergence_order`, that of
-    the endpoint's error in the step size on smooth grids, for deterministic methods of fixed steps.
+    the endpoint's error in the step size on smooth grids, for deterministic methods of fixed steps; `saved_at_zero`,
+    evaluations that a step which ends at sigma = 0 does without.
     """
 
     default_steps: int = 100
@@ -54,6 +55,7 @@ class Sampler(ABC):
     grid: Grid = staticmethod(uniform_time)
     denoise_final: bool = True
     convergence_order: int | None = None
+    saved_at_zero: int = 0
 
     def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
         """The decreasing float64 times of a solve of `steps` steps, from `t_max` where it is given."""
@@ -176,8 +178,8 @@ def time_grid(
     return times
 
 
-def steps_within(sampler: Sampler, nfe: int, denoise_final: bool | None) -> int:
-    """The number of steps that costs exactly `nfe` network evaluations, the final denoiser included.
+def steps_within(sampler: Sampler, sde: SDE, nfe: int, denoise_final: bool | None) -> int:
+    """The number of steps to t_min that costs exactly `nfe` network evaluations, the final denoiser included.
 
     Raises `ValueError` where there is none, naming the nearest budgets that there are.
     """
@@ -186,13 +188,15 @@ def steps_within(sampler: Sampler, nfe: int, denoise_final: bool | None) -> int:
     name = type(sampler).__name__
     if each < 1:
         raise ValueError(f"{name} chooses its own number of network evaluations; set its tolerances instead of nfe.")
+    if float(sde.sigma(sde.t_min)) == 0.0:
+        final -= sampler.saved_at_zero
     steps, left = divmod(nfe - final, each)
     if steps < 1 or left:
         low = max(steps, 1) * each + final
         fits = f"{low}" if low > nfe else f"{low} or {low + each}"
         raise ValueError(
-            f"{name} costs {each} evaluations a step{' and one for the final denoiser' if final else ''}, so nfe = {nfe} "
-            f"cannot be met exactly; ask for {fits}{', or pass denoise_final=False' if final else ''}."
+            f"{name} costs {each} evaluations a step{' and one for the final denoiser' if final > 0 else ''}, so nfe = {nfe} "
+            f"cannot be met exactly; ask for {fits}{', or pass denoise_final=False' if final > 0 and nfe % each == 0 else ''}."
         )
     return steps
 

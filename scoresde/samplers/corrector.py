@@ -77,6 +77,7 @@ class PredictorCorrector(Sampler):
         self.corrector = corrector
         self.grid = self.predictor.grid
         self.nfe_per_step = self.predictor.nfe_per_step + (corrector.steps if corrector else 0)
+        self.saved_at_zero = self.predictor.saved_at_zero + (corrector.steps if corrector else 0)
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
         state = super().start(model, times)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.bound import combine
+from scoresde.grids import ends_of
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
@@ -178,9 +179,8 @@ class FewStep(Sampler):
         return model.sigma_data if self.c is None else self.c
 
     def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
-        checks.positive_int(steps, "steps")
         sde = model.sde
-        start = sde.t_max if t_max is None else t_max
+        start = float(ends_of(sde, steps, t_max)[0])
         inner = sde.time(torch.from_numpy(-2 * np.log(self.scheme_for(model, steps, t_max).r[:-1])))
         ends = torch.tensor([start, sde.t_min], dtype=torch.float64)
         inner = inner[inner < start - 1e-12] if float(inner[0]) > start - 1e-9 else inner

@@ -25,6 +25,7 @@ class Heun(Sampler):
 
     default_steps = 40
     nfe_per_step = 2
+    saved_at_zero = 1
     convergence_order = 2
     grid = staticmethod(karras)
 
@@ -57,12 +58,14 @@ class StochasticHeun(Sampler):
     """EDM's stochastic sampler (Karras et al. 2022, algorithm 2): noise is added, then a Heun step takes it out again.
 
     With r = sigma/alpha and y = x/alpha, a step at s_min <= r_t <= s_max first moves up to r' = (1 + gamma) r_t, y' = y +
-    sqrt(r'^2 - r_t^2) s_noise z, gamma = min(s_churn/N, sqrt(2) - 1) for N steps, and never past the process' own start.
+    sqrt(r'^2 - r_t^2) s_noise z, gamma = min(s_churn/N, sqrt(2) - 1) for the N steps of the grid (the final denoiser,
+    which the paper counts too, left out), and never past the process' own start.
     Arguments: `s_churn`, `s_min`, `s_max`, `s_noise`; the defaults are the paper's for CIFAR-10.
     """
 
     default_steps = 40
     nfe_per_step = 2
+    saved_at_zero = 1
     grid = staticmethod(karras)
 
     def __init__(self, s_churn: float = 30.0, s_min: float = 0.01, s_max: float = 1.0, s_noise: float = 1.007):

@@ -54,6 +54,7 @@ class Singlestep(Sampler):
         self.scheme = checks.choice(scheme, SCHEMES, "singlestep scheme")
         self.fractions, self.nodes = SCHEMES[scheme]
         self.nfe_per_step = self.convergence_order = 1 + len(self.fractions)
+        self.saved_at_zero = len(self.fractions)
         self.grid = grid
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
