@@ -55,6 +55,11 @@ class GaussianMixture:
                 f"event_shape {self.event_shape} has {math.prod(self.event_shape)} entries, means have {d}."
             )
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.covariances)  # (K, d), (K, d, d) by columns
+        # along the axes already: nothing to turn
+        self.diagonal = bool((self.covariances == torch.diag_embed(self.covariances.diagonal(dim1=-2, dim2=-1))).all())
+        if self.diagonal:
+            self.eigenvalues = self.covariances.diagonal(dim1=-2, dim2=-1).clone()
+            self.eigenvectors = torch.eye(d, dtype=torch.float64).expand(k, d, d).clone()
         if bool((self.eigenvalues <= 0).any()):
             raise ValueError(
                 f"covariances must be positive definite, smallest eigenvalue {float(self.eigenvalues.min()):g}."
@@ -113,6 +118,7 @@ class DiffusedMixture(ScoreModel):
         super().__init__()
         self.mixture = mixture
         self.sde = sde
+        self.diagonal = mixture.diagonal
         self.event_shape = mixture.event_shape
         self.sigma_data = math.sqrt(float(mixture.covariance.diagonal().mean()))
         for name in ("weights", "means", "eigenvalues", "eigenvectors"):
@@ -128,43 +134,46 @@ class DiffusedMixture(ScoreModel):
         return self.log_prob(x, 1.0)
 
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        t = self._time(x, t, cond)
-        return self._mean(x, self.sde.alpha(t), self.sde.sigma(t))
+        return self._answer(x, t, cond, mean=True)[0]
 
     def noise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        t = self._time(x, t, cond)
-        return -expand(self.sde.sigma(t), x) * self.score(x, t)
+        return -expand(self.sde.sigma(self.time_of(t, x)), x) * self.score(x, t, cond)
 
     def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
-        t = self._time(x, t, cond)
-        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        return self._mean(x, alpha, sigma), -expand(sigma, x) * self._score(x, alpha, sigma)
+        denoised, score = self._answer(x, t, cond, mean=True, score=True)
+        return denoised, -expand(self.sde.sigma(self.time_of(t, x)), x) * score
 
     def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        t = self._time(x, t, cond)
-        return self._score(x, self.sde.alpha(t), self.sde.sigma(t))
+        return self._answer(x, t, cond, score=True)[1]
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        t = self._time(x, t, cond)
-        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        return expand(self.sde.alpha_dot(t), x) * self._mean(x, alpha, sigma) - expand(
-            self.sde.half_variance_rate(t), x
-        ) * self._score(x, alpha, sigma)
+        denoised, score = self._answer(x, t, cond, mean=True, score=True)
+        t = self.time_of(t, x)
+        return expand(self.sde.alpha_dot(t), x) * denoised - expand(self.sde.half_variance_rate(t), x) * score
 
-    def _time(self, x: Tensor, t: Tensor | float, cond: Any) -> Tensor:
+    def _answer(
+        self, x: Tensor, t: Tensor | float, cond: Any, *, mean: bool = False, score: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(D, score), each where it is asked for, from one pass over the components."""
         if cond is not None:
             raise ValueError("a Gaussian mixture takes no condition; leave cond=None.")
-        return self.time_of(t, x)
+        t = self.time_of(t, x)
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        weight, whitened, _ = _components(self, x, alpha, sigma)
+        denoised = slope = None
+        if mean:
+            pulled = _turned(self, weight[:, :, None] * (_rows(alpha) * self.eigenvalues.to(x.device) * whitened))
+            denoised = (weight @ self.means.to(x.device) + pulled).reshape(x.shape).to(x.dtype)
+        if score:
+            slope = -_turned(self, weight[:, :, None] * whitened).reshape(x.shape).to(x.dtype)
+        return denoised, slope
 
-    def _mean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        responsibility, whitened, _ = _components(self, x, alpha, sigma)
-        pulled = torch.einsum("kij,bkj->bki", self.eigenvectors, _rows(alpha) * self.eigenvalues * whitened)
-        return torch.einsum("bk,bki->bi", responsibility, self.means + pulled).reshape(x.shape).to(x.dtype)
 
-    def _score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        responsibility, whitened, _ = _components(self, x, alpha, sigma)
-        weighted = responsibility[:, :, None] * whitened
-        return -torch.einsum("kij,bkj->bi", self.eigenvectors, weighted).reshape(x.shape).to(x.dtype)
+def _turned(mixture: GaussianMixture | DiffusedMixture, v: Tensor) -> Tensor:
+    """sum_k Q_k v_k for v (B, K, d): back from the components' own axes, (B, d)."""
+    if mixture.diagonal:
+        return v.sum(1)
+    return torch.einsum("kij,bkj->bi", mixture.eigenvectors.to(v.device), v)
 
 
 def _rows(coefficient: Tensor) -> Tensor:
@@ -180,7 +189,7 @@ def _components(
         raise ValueError(f"x must have shape (B, {', '.join(map(str, mixture.event_shape))}), got {tuple(x.shape)}.")
     values, vectors, means = (getattr(mixture, n).to(x.device) for n in ("eigenvalues", "eigenvectors", "means"))
     delta = x.double().flatten(1)[:, None, :] - _rows(alpha) * means
-    rotated = torch.einsum("kij,bki->bkj", vectors, delta)
+    rotated = delta if mixture.diagonal else torch.einsum("kij,bki->bkj", vectors, delta)
     variance = _rows(alpha) ** 2 * values + _rows(sigma) ** 2
     whitened = rotated / variance
     exponent = -0.5 * ((rotated * whitened).sum(-1) + variance.log().sum(-1) + means.shape[1] * math.log(2 * math.pi))

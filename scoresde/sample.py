@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scoresde import checks, ode
 from scoresde.flow import AnglePath
-from scoresde.grids import Grid
+from scoresde.grids import Grid, karras, uniform_log_snr
 from scoresde.likelihood.log_prob import generate
 from scoresde.model import ScoreModel, check_cond, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
@@ -53,10 +53,10 @@ METHODS: dict[str, Callable[[], Sampler]] = {
     "ancestral": Ancestral,
     "langevin": AnnealedLangevin,
     "edm": StochasticHeun,
-    "sde-dpm++2m": partial(Multistep, Data(Tau()), 2, pair="midpoint", default_steps=50),
-    "sde-dpm++3m": partial(Multistep, Data(Tau()), 3, default_steps=50),
-    "sa-solver": partial(Multistep, Data(Tau(1.0, 0.05, 1.0)), 3, corrector=3, default_steps=50),
-    "er-sde": partial(Multistep, Data(ErSde()), 3, variable="ratio", default_steps=50),
+    "sde-dpm++2m": partial(Multistep, Data(Tau()), 2, pair="midpoint", grid=uniform_log_snr, default_steps=50),
+    "sde-dpm++3m": partial(Multistep, Data(Tau()), 3, grid=uniform_log_snr, default_steps=50),
+    "sa-solver": partial(Multistep, Data(Tau(1.0, 0.05, 1.0)), 3, corrector=3, grid=uniform_log_snr, default_steps=50),
+    "er-sde": partial(Multistep, Data(ErSde()), 3, variable="ratio", grid=uniform_log_snr, default_steps=50),
     "sde": TorchSDE,
     # deterministic, a fixed number of steps
     "auto": FewStep,
@@ -71,10 +71,10 @@ METHODS: dict[str, Callable[[], Sampler]] = {
     "dpm++3m": partial(Multistep, "data", 3),
     "unipc2": partial(Multistep, "data", 2, corrector=3, pair="midpoint"),
     "unipc3": partial(Multistep, "data", 3, corrector=4, pair="midpoint"),
-    "deis": partial(Multistep, "noise", 3, variable="time"),
+    "deis": partial(Multistep, "noise", 3, variable="time", grid=karras),
     "ipndm": partial(Multistep, "noise", 4, variable="index"),
-    "lms": partial(Multistep, "noise", 3, variable="ratio"),
-    "adams-noise": partial(Multistep, "noise", 3),
+    "lms": partial(Multistep, "noise", 3, variable="ratio", grid=karras),
+    "adams-noise": partial(Multistep, "noise", 3, grid=uniform_log_snr),
     "adams-angle": partial(Multistep, "angle", 3),
     # deterministic, adaptive
     "ode": ProbabilityFlow,

@@ -7,10 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE, sample
-from scoresde.grids import given, karras, uniform_log_snr, uniform_time
+from scoresde.grids import angle, balanced, cosine, given, karras, uniform_log_snr, uniform_time
 from scoresde.samplers import DDIM, time_grid
 
-GRIDS = {"uniform_time": uniform_time, "uniform_log_snr": uniform_log_snr, "karras": karras}
+GRIDS = {f.__name__: f for f in (uniform_time, uniform_log_snr, karras, angle, balanced, cosine)}
 ALL = (VPSDE(), SubVPSDE(), VESDE(), CosineSDE(), EDMSDE(), RectifiedFlow())
 
 
@@ -88,15 +88,16 @@ def test_given_times_are_used_as_they_are():
 def test_time_grid_of_a_sampler(ring8):
     """A sampler's default, another function, or times; coinciding times are refused."""
     sde = VPSDE()
-    assert torch.equal(time_grid(DDIM(), sde, None), uniform_time(sde, 50))
-    assert torch.equal(time_grid(DDIM(), sde, 7, karras), karras(sde, 7))
-    assert time_grid(DDIM(), sde, None, [1.0, 0.5]).tolist() == [1.0, 0.5]
-    assert time_grid(DDIM(), sde, None, torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]
+    model = ring8.diffuse(sde)
+    assert torch.equal(time_grid(DDIM(), model, None), angle(sde, 50))
+    assert torch.equal(time_grid(DDIM(), model, 7, karras), karras(sde, 7))
+    assert time_grid(DDIM(), model, None, [1.0, 0.5]).tolist() == [1.0, 0.5]
+    assert time_grid(DDIM(), model, None, torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]
     for steps in (0, -1):
         with pytest.raises(ValueError, match="at least 1"):
-            time_grid(DDIM(), sde, steps)
+            time_grid(DDIM(), model, steps)
     with pytest.raises(ValueError, match="does not decrease strictly"):
-        time_grid(DDIM(), sde, 3, lambda sde, steps: torch.tensor([1.0, 0.5, 0.5, 0.1]))
+        time_grid(DDIM(), model, 3, lambda sde, steps: torch.tensor([1.0, 0.5, 0.5, 0.1]))
     seen = []
     sample(
         ring8.diffuse(sde), (2, 2), method="ddim", grid=[1.0, 0.4, 0.2], seed=0, trajectory=lambda t, x: seen.append(t)
@@ -104,7 +105,7 @@ def test_time_grid_of_a_sampler(ring8):
     assert seen == [1.0, 0.4, 0.2, 0.2]
 
 
-def test_steps_that_contradict_a_grid():
+def test_steps_that_contradict_a_grid(ring8):
     """steps=5 with a grid of 2 intervals is a contradiction, not a choice."""
     with pytest.raises(ValueError, match="2 steps, asked for 5"):
-        time_grid(DDIM(), VPSDE(), 5, [1.0, 0.5, 0.1])
+        time_grid(DDIM(), ring8.diffuse(VPSDE()), 5, [1.0, 0.5, 0.1])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.grids import angle
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import LinearSampler, Sampler, State, transition
@@ -111,6 +112,7 @@ class DDIM(LinearSampler):
     """
 
     default_steps = 50
+    grid = staticmethod(angle)
 
     def __init__(self, eta: float = 0.0):
         if not 0.0 <= eta <= 1.0:

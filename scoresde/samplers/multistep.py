@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.bound import combine
-from scoresde.grids import Grid, uniform_log_snr
+from scoresde.grids import Grid, balanced
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
@@ -102,7 +102,7 @@ class Multistep(Sampler):
         variable: str = "log-snr",
         corrector: int = 0,
         pair: str = "exact",
-        grid: Grid = uniform_log_snr,
+        grid: Grid = balanced,
         default_steps: int = 20,
     ):
         self.prediction = prediction

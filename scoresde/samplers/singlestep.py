@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.bound import combine
-from scoresde.grids import Grid, uniform_log_snr
+from scoresde.grids import Grid, balanced
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State, prepare
@@ -46,9 +46,7 @@ class Singlestep(Sampler):
     default_steps = 10
     denoise_final = False
 
-    def __init__(
-        self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = uniform_log_snr
-    ):
+    def __init__(self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = balanced):
         prediction_for(prediction, 1.0)
         self.prediction = prediction
         self.scheme = checks.choice(scheme, SCHEMES, "singlestep scheme")
