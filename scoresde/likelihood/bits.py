@@ -1,11 +1,12 @@
 r"""Bits per dimension of integer data.
 
-Layer 3. Level k of an 8-bit image stands for an interval. Uniform dequantization places it at
-$x = low + (high - low)(k + u)/levels$, $u \sim U[0, 1)$, and by Jensen's inequality (Theis et al. 2016, section 3.1)
+Layer 3. Level k of an 8-bit image stands for an interval. A dequantizer draws a point x of it from a density q(x|k), and by
+Jensen's inequality (Theis et al. 2016, section 3.1; with K > 1 samples Burda et al. 2016)
 
-$$-\log_2 P(k) \le -E_u\left[\log_2 p(x)\right] - d \log_2\frac{high - low}{levels},$$
+$$-\log_2 P(k) \le -E\left[\log_2 \frac1K \sum_{j=1}^{K} \frac{p(x_j)}{q(x_j|k)}\right].$$
 
-the second term being the Jacobian of the scaling. Dividing by d gives bits/dim.
+Uniformly, $x = low + (high - low)(k + u)/levels$ with $u \sim U[0, 1)$, and $-\log q$ is $d \log((high - low)/levels)$, the
+Jacobian of the scaling. Dividing by d gives bits/dim.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from scoresde import checks, ode
 from scoresde.flow import move, take_rows
+from scoresde.likelihood.dequantization import Dequantizer, dequantizer, log_mean_weight, pair
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.log_prob import log_prob
 from scoresde.model import ScoreModel, check_cond, require_model
@@ -28,14 +30,15 @@ from scoresde.modes import device_of, dtype_of
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive, spawn
 
-DEQUANTIZATIONS = ("uniform",)
-
 
 @dataclass
 class BitsPerDim:
     """`mean` bits/dim over the examples; `stderr` of that mean, from the scatter of the examples (it includes the trace
     and dequantization noise); `per_example` (N,), NaN where a solve did not finish; `trace_stderr` (N,) bits/dim, the
     part of each example's error that the trace estimate explains; `nfe`, mean evaluations per example; `status` (N,).
+
+    `per_draw` (N, draws), the bound from each dequantization draw, of which `per_example` is the mean; `draw_stderr`, the
+    part of the error of `mean` that comes from the draws (and probes) alone, which more draws would reduce: NaN for one draw.
     """
 
     mean: float
@@ -44,18 +47,8 @@ class BitsPerDim:
     trace_stderr: Tensor
     nfe: float
     status: Tensor
-
-
-def dequantize(k: Tensor, levels: int, value_range: tuple[float, float], u: Tensor) -> Tensor:
-    """x = low + (high - low)(k + u) / levels for integers k and u in [0, 1), in u's dtype."""
-    low, high = value_range
-    return low + (high - low) * (k.to(u.dtype) + u) / levels
-
-
-def quantize(x: Tensor, levels: int, value_range: tuple[float, float]) -> Tensor:
-    """The level 0..levels-1 (int64) whose interval holds x; values beyond the range get the outermost level."""
-    low, high = value_range
-    return torch.floor((x - low) / (high - low) * levels).clamp(0, levels - 1).long()
+    draw_stderr: float = math.nan
+    per_draw: Tensor | None = None
 
 
 def bits_from_nats(log_prob: Tensor, d: int, levels: int, value_range: tuple[float, float]) -> Tensor:
@@ -70,7 +63,9 @@ def bits_per_dim(
     *,
     levels: int | None = None,
     value_range: tuple[float, float] | None = None,
-    dequantization: str = "uniform",
+    dequantization: str | Dequantizer = "uniform",
+    samples: int = 1,
+    draws: int = 1,
     divergence: Divergence | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-4,
@@ -89,11 +84,18 @@ def bits_per_dim(
     space, by default the model's; `cond`, conditions for all N (tensor data only); `seed`: example i draws its noise
     from (seed, i), so results do not depend on `batch_size`. The rest as in `log_prob`.
 
+    `dequantization`: "uniform", for models of dequantized images; "truncated-normal", for models of the levels' centres; or
+    an object with `draw(data, source)`, such as a fitted `VariationalDequantizer`. `samples`: points per bound, combined by
+    importance weighting, which tightens the bound as it grows. `draws`: independent bounds per example, averaged. An example
+    takes samples times draws solves. The points of one bound share their probes, so that the error of an estimated trace does
+    not enter through the logarithm; what is left of it is of second order, and `divergence=Exact()` removes it.
+
     Raises `TypeError` for floating-point data, `ValueError` for values outside 0..levels-1 (naming minimum and
-    maximum), for `levels` other than the model's or missing where they are needed, and for an empty set.
+    maximum), for `levels` other than the model's or missing where they are needed, for a dequantizer made for others, and for
+    an empty set.
     """
-    checks.choice(dequantization, DEQUANTIZATIONS, "dequantization")
-    checks.positive_int(batch_size, "batch_size")
+    for name, value in (("batch_size", batch_size), ("samples", samples), ("draws", draws)):
+        checks.positive_int(value, name)
     require_model(model)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
@@ -105,8 +107,10 @@ def bits_per_dim(
         model.check_event(tuple(data.shape[1:]))
     declared = levels is not None or model.levels is not None
     levels = _levels(model, levels)
-    low, high = _range(model.value_range if value_range is None else value_range)
-    device, dtype = device_of(model), dtype_of(model)
+    ends = pair(model.value_range if value_range is None else value_range)
+    points = dequantizer(dequantization, model, levels, ends)
+    options = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
+    device = device_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
     total = data.shape[0] if hasattr(data, "shape") else None
     with bar(total, "bits/dim", "image", progress) as ticks:
@@ -118,29 +122,20 @@ def bits_per_dim(
                     f"{int(k.max())}. Pass levels= (256 if these are dark 8-bit images)."
                 )
             k, c = k.to(device), move(c, device)
-            seeds = spawn(seed, n, seen)
-            u = RandomSource([derive(s, 1) for s in seeds], device, n).uniform(k.shape, dtype)
-            r = log_prob(
-                model,
-                dequantize(k, levels, (low, high), u),
-                divergence=divergence,
-                rtol=rtol,
-                atol=atol,
-                method=method,
-                max_nfe=max_nfe,
-                seed=[derive(s, 2) for s in seeds],
-                cond=c,
+            log_w, error, cost, state = _log_weights(
+                model, k, c, points, (draws, samples), spawn(seed, n, seen), batch_size, options
             )
-            values.append(bits_from_nats(r.value, d, levels, (low, high)).cpu())
-            errors.append((r.stderr / (d * math.log(2))).cpu())
-            nfe.append(r.nfe.cpu())
-            status.append(r.status.cpu())
+            values.append((-log_mean_weight(log_w.transpose(0, 1)) / (d * math.log(2))).T.cpu())
+            errors.append((error / (d * math.log(2))).cpu())
+            nfe.append(cost.cpu())
+            status.append(state.cpu())
             seen += n
             ticks.update(n)
             ticks.set_postfix_str(f"{float(torch.cat(values).nanmean()):.3f} bits/dim")
     if not seen:
         raise ValueError("data is empty; bits/dim needs at least one example.")
-    per_example, state = torch.cat(values), torch.cat(status)
+    per_draw, state = torch.cat(values), torch.cat(status)
+    per_example = per_draw.mean(1) if draws > 1 else per_draw[:, 0]
     good = per_example[state == ode.OK]
     if good.numel() < seen:
         warnings.warn(
@@ -156,7 +151,63 @@ def bits_per_dim(
         torch.cat(errors),
         float(torch.cat(nfe).double().mean()),
         state,
+        _draw_stderr(per_draw[state == ode.OK]),
+        per_draw,
     )
+
+
+def _log_weights(
+    model: ScoreModel,
+    k: Tensor,
+    cond: Any,
+    points: Dequantizer,
+    counts: tuple[int, int],
+    seeds: list[int],
+    batch_size: int,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p(v) - log q(v|k) for all draws and samples of k (n, *): (draws, samples, n), nats; with it, per example (n,),
+    the trace's standard error, evaluations and the worst status. Row i draws from seeds[i]; as many copies of the batch
+    go into one solve as `batch_size` allows."""
+    (draws, samples), n = counts, k.shape[0]
+    source = RandomSource([derive(s, 1) for s in seeds], k.device, n)
+    total, together = draws * samples, max(1, batch_size // max(n, 1))
+    log_w, errors, nfe, status = [], [], [], []
+    for start in range(0, total, together):
+        copies = range(start, min(start + together, total))
+        drawn = [_checked(*points.draw(k, source), k) for _ in copies]
+        rows = torch.arange(n, device=k.device).repeat(len(copies))
+        probes = [derive(s, 2, *([j // samples] if j >= samples else [])) for j in copies for s in seeds]
+        r = log_prob(
+            model,
+            torch.cat([v for v, _ in drawn]).to(dtype_of(model)),
+            seed=probes,
+            cond=cond if len(copies) == 1 else take_rows(cond, rows),
+            **options,
+        )
+        log_w.append((r.value - torch.cat([q for _, q in drawn])).reshape(-1, n))
+        for found, of in ((errors, r.stderr), (nfe, r.nfe), (status, r.status)):
+            found.append(of.reshape(-1, n))
+    weights = torch.cat(log_w).reshape(draws, samples, n)
+    error = torch.cat(errors).reshape(draws, samples, n)
+    # the points of a bound share their probes, so their errors add up as they stand; those of the draws are independent
+    error = (torch.softmax(weights, 1) * error).sum(1) if samples > 1 else error[:, 0]
+    error = error.square().sum(0).sqrt() / draws if draws > 1 else error[0]
+    return weights, error, torch.cat(nfe).sum(0), torch.cat(status).amax(0)
+
+
+def _checked(v: Tensor, log_q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    checks.same_shape(v, k.shape, "the points that the dequantizer drew")
+    checks.same_shape(log_q, (k.shape[0],), "the dequantizer's log density")
+    return v.detach(), log_q.detach().double()
+
+
+def _draw_stderr(per_draw: Tensor) -> float:
+    """Standard error of the mean over examples that the scatter of each example's draws (N, draws) explains."""
+    n, draws = per_draw.shape
+    if draws < 2 or n == 0:
+        return math.nan
+    return float((per_draw.var(1).sum() / draws).sqrt() / n)
 
 
 def _levels(model: ScoreModel, levels: int | None) -> int:
@@ -168,16 +219,6 @@ def _levels(model: ScoreModel, levels: int | None) -> int:
             f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data."
         )
     return levels
-
-
-def _range(value_range: Any) -> tuple[float, float]:
-    try:
-        low, high = (float(v) for v in value_range)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"value_range must be a pair (low, high), got {value_range!r}.") from e
-    if not low < high:
-        raise ValueError(f"value_range must be (low, high) with low < high, got ({low}, {high}).")
-    return low, high
 
 
 def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Tensor, Any]]:

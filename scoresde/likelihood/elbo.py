@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.likelihood.dequantization import warn_if_quantized
 from scoresde.likelihood.log_prob import LogProb
 from scoresde.model import ScoreModel, check_input
 from scoresde.modes import evaluating
@@ -33,6 +34,7 @@ def elbo(model: ScoreModel, x: Tensor, *, draws: int = 16, seed: Seed = None, co
     of the batch, which keeps the estimate unbiased. Raises as `log_prob` does.
     """
     check_input(model, x, cond)
+    warn_if_quantized(x, "elbo")
     checks.positive_int(draws, "draws")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     sde, n, d = model.sde, x.shape[0], math.prod(x.shape[1:])
@@ -47,7 +49,7 @@ def elbo(model: ScoreModel, x: Tensor, *, draws: int = 16, seed: Seed = None, co
             eps = source.normal(x.shape, x.dtype)
             error = sum_event((model.noise(sde.perturb(x, t, eps), t, cond) - eps).double().square())
             excess = sum_event(eps.double().square()) - d
-            terms.append(0.5 * width * (error - _factor(error, excess) * excess))
+            terms.append(0.5 * width * (error - control_factor(error, excess) * excess))
         eps = source.normal(x.shape, x.dtype)
         latent = sde.perturb(x, sde.t_max, eps)
     stacked = torch.stack(terms) if n else torch.zeros(draws, 0, dtype=torch.float64)
@@ -71,7 +73,7 @@ def elbo(model: ScoreModel, x: Tensor, *, draws: int = 16, seed: Seed = None, co
     return LogProb(-(stacked.sum(0) + decoder + prior), stderr, latent, whole + draws, whole)
 
 
-def _factor(error: Tensor, excess: Tensor) -> Tensor:
+def control_factor(error: Tensor, excess: Tensor) -> Tensor:
     """Regression of error on excess, fitted on the odd examples for the even ones and the other way round."""
     factor = torch.zeros_like(error)
     if error.shape[0] < 16:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde import ode
+from scoresde.likelihood.dequantization import warn_if_quantized
 from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
 from scoresde.likelihood.transport import Transport, transport
 from scoresde.model import ScoreModel, check_input
@@ -68,6 +69,7 @@ def log_prob(
     `NonFiniteError` (naming t and the examples) for NaN from the network.
     """
     check_input(model, x, cond)
+    warn_if_quantized(x, "log_prob")
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # the state of a solve is float32 at least
     d = math.prod(x.shape[1:])
     divergence = default_divergence(d) if divergence is None else divergence
