@@ -80,10 +80,10 @@ class Bound:
     def output(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
         """The raw output F at x (B, *) and time t; same shape and dtype as x."""
         ask = self.model.denoise if self.plain else self.model.output
-        return ask(x, self.at(t).label, cond)
+        return network_result(ask(x, self.at(t).label, cond), x)
 
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        return self.model.denoise(x, t if isinstance(t, Tensor) else self.at(t).label, cond)
+        return network_result(self.model.denoise(x, t if isinstance(t, Tensor) else self.at(t).label, cond), x)
 
 
 class BoundNet(Bound):
@@ -132,10 +132,16 @@ def label_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def network_result(out: Any, x: Tensor) -> Tensor:
-    """The network's result in x's dtype; errors for what is not a tensor of x's shape."""
+def tensor_of(out: Any) -> Tensor:
+    """`out`, unless it is no tensor (`TypeError`)."""
     if not isinstance(out, Tensor):
         raise TypeError(f"the network must return a tensor, got {type(out).__name__}.")
+    return out
+
+
+def network_result(out: Any, x: Tensor) -> Tensor:
+    """The network's result in x's dtype; errors for what is not a tensor of x's shape."""
+    tensor_of(out)
     if out.shape != x.shape:
         checks.same_shape(out, x.shape, "the network's output")
     return out if out.dtype == x.dtype else out.to(x.dtype)
@@ -146,7 +152,4 @@ def call_network(net: nn.Module, x: Tensor, label: Tensor, cond: Any) -> Tensor:
     dtype = network_dtype(net, x)
     label = label.to(label_dtype(dtype)).expand(x.shape[0])
     inputs = (x.to(dtype), label) if cond is None else (x.to(dtype), label, cond)
-    out = net(*inputs)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the network must return a tensor, got {type(out).__name__}.")
-    return out.to(x.dtype)
+    return tensor_of(net(*inputs)).to(x.dtype)

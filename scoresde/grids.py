@@ -71,7 +71,14 @@ def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
 
 def given(times: Sequence[float] | Tensor) -> Grid:
     """A grid of exactly these times; `steps` has to agree. Raises `ValueError` unless they decrease strictly in [0, 1]."""
-    t = torch.as_tensor(times, dtype=torch.float64).flatten()
+    try:
+        t = torch.as_tensor(times, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(
+            f"a time grid must be numbers, or a function such as scoresde.grids.karras, got {times!r}."
+        ) from e
+    if t.dim() != 1:
+        raise ValueError(f"a time grid must be one-dimensional, got shape {tuple(t.shape)}.")
     if t.numel() < 2 or not bool((t[1:] < t[:-1]).all()) or not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"a time grid must decrease strictly within [0, 1] and have at least two times, got {t.tolist()}."
@@ -93,6 +100,11 @@ def ends_of(sde: SDE, steps: int, t_max: float | None) -> Tensor:
     high = sde.t_max if t_max is None else float(t_max)
     if not sde.t_min < high <= sde.t_max:
         raise ValueError(f"t_max must lie in ({sde.t_min:g}, {sde.t_max:g}], got {t_max}.")
+    if float(sde.alpha(high)) == 0.0:
+        raise ValueError(
+            f"alpha is 0 at t_max = {high:g}, where nothing but noise is left and samplers that divide by it are undefined; set "
+            "t_max a little lower in the SDE (RectifiedFlow uses 0.999) or pass t_max."
+        )
     return torch.tensor([high, sde.t_min], dtype=torch.float64)
 
 

@@ -48,9 +48,12 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     if opposite:
         raise ValueError(f"rows {checks.rows_text(opposite)} are opposite: no arc between them is the shortest.")
     omega = torch.acos(cosine)
-    w = torch.as_tensor(weight, dtype=torch.float64, device=a.device).expand(omega.shape)
+    w = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
+    if w.dim() and w.shape != omega.shape:
+        raise ValueError(f"weight must be a number or have shape ({len(a)},), got {tuple(w.shape)}.")
     flat = omega < 1e-6
     sine = torch.where(flat, 1.0, omega.sin())
+    w = w.expand(omega.shape)
     first = torch.where(flat, 1 - w, ((1 - w) * omega).sin() / sine)
     second = torch.where(flat, w, (w * omega).sin() / sine)
     return expand(first, a) * a + expand(second, b) * b
@@ -74,7 +77,11 @@ def interpolate(
     checks.same_shape(checks.batch(x1, "x1"), x0.shape, "x1")
     checks.finite(x1, "x1")
     if isinstance(weights, int):
-        weights = torch.linspace(0, 1, checks.positive_int(weights, "weights"), dtype=torch.float64).tolist()
+        weights = torch.linspace(0, 1, checks.positive_int(weights, "weights"), dtype=torch.float64)
+    try:
+        weights = torch.as_tensor(weights, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"weights must be numbers in [0, 1], or how many, got {weights!r}.") from e
     if not weights or not all(0 <= w <= 1 for w in weights):
         raise ValueError(f"weights must be numbers in [0, 1], got {list(weights)}.")
     z0, z1 = (encode(model, x, rtol=rtol, atol=atol, cond=cond) for x in (x0, x1))

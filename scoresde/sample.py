@@ -115,13 +115,14 @@ def sample(
     Arguments:
         shape: (B, *event), the batch first; B = 0 gives an empty tensor.
         method: a name of `METHODS` or a `Sampler` object.
-        steps: intervals of the time grid; the method's default if None.
+        steps: intervals of the time grid; the method's default if None. For "auto" and tuned samplers the number of
+            network evaluations: their first interval, from the prior to the first evaluation, costs none.
         nfe: in place of `steps`, evaluations of the network in all, the final denoiser included.
         seed: None, an int, a `torch.Generator`, or one int per sample; with one per sample a sample does not depend
             on the batch it is drawn in.
         cond: handed to the network unchanged.
         x_init: the state at the first time of the grid, in place of a draw from the prior.
-        progress: show a progress bar.
+        progress: show a progress bar (none with return_log_prob).
         return_log_prob: also return log densities of the samples in nats, (B,) (deterministic methods: "ode").
         grid: a function of `scoresde.grids`, or decreasing times, in place of the method's own.
         t_max: start at this time in place of the process' own, from N(0, alpha^2 sigma_data^2 + sigma^2), the marginal
@@ -146,13 +147,26 @@ def sample(
     if nfe is not None:
         if steps is not None:
             raise ValueError(f"pass steps or nfe, not both; got steps={steps} and nfe={nfe}.")
+        if grid is not None and not callable(grid):
+            raise ValueError(f"given times fix the number of steps; leave out nfe={nfe}.")
         steps = steps_within(chosen, model.sde, nfe, denoise_final)
+    if trajectory is not None and not callable(trajectory):
+        raise TypeError(
+            f"trajectory must be called with (t, x), for example samplers.Trajectory(); got {trajectory!r}."
+        )
     times = time_grid(chosen, model, steps, grid, t_max)
     start, end = float(times[0]), float(times[-1])
     if return_log_prob and end != model.sde.t_min:
         raise ValueError(
             f"return_log_prob answers for samples at t_min = {model.sde.t_min:g}, but the grid ends at t = {end:g}."
         )
+    if return_log_prob and x_init is not None and (t_max is not None or start < model.sde.t_max):
+        raise ValueError(
+            f"the log density of x_init at t = {start:g} is not known; start at t_max = {model.sde.t_max:g}, or draw the samples "
+            "and ask log_prob for theirs."
+        )
+    if brownian and (chosen.convergence_order is not None or isinstance(chosen, (ProbabilityFlow, FewStep))):
+        raise ValueError(f"brownian=True is for stochastic methods; {type(chosen).__name__} draws no noise.")
     if x_init is None and t_max is None and start < model.sde.t_max:
         raise ValueError(
             f"the grid starts at t = {start:g}, before the prior at t_max = {model.sde.t_max:g}; pass x_init, the state "
@@ -165,19 +179,23 @@ def sample(
         checks.finite(x_init, "x_init")
         dtype = torch.promote_types(dtype, x_init.dtype)
     noise = RandomSource(seed, device, shape[0])
+    scale = None if t_max is None else float(AnglePath(model.sde, model.sigma_data).scale(start))
     if x_init is None:
-        scale = model.sde.prior_std if t_max is None else float(AnglePath(model.sde, model.sigma_data).scale(start))
-        x = scale * noise.normal(shape, dtype)
+        x = (model.sde.prior_std if scale is None else scale) * noise.normal(shape, dtype)
     else:
         x = x_init.to(device, dtype, copy=True)
     if brownian and shape[0]:
         noise = PathNoise(noise, shape, end, start, dtype)
     if return_log_prob:
         settings = dict(rtol=chosen.rtol, atol=chosen.atol, method=chosen.method, max_nfe=chosen.max_nfe)
-        x, result = generate(model, x, times.tolist(), **settings, seed=seed, cond=cond, trajectory=trajectory)
+        x, result = generate(
+            model, x, times.tolist(), **settings, seed=seed, cond=cond, trajectory=trajectory, base_std=scale
+        )
         if bool((result.status != ode.OK).any()):
+            rows = (result.status != ode.OK).nonzero().flatten().tolist()
             raise RuntimeError(
-                f"the ODE solve failed: {ode.STATUS_TEXT[int(result.status.max())]}. Raise max_nfe or tolerances."
+                f"the ODE solve failed in {len(rows)} of {shape[0]} samples, rows {checks.rows_text(rows)}: "
+                f"{ode.STATUS_TEXT[int(result.status.max())]}. Raise max_nfe or loosen rtol and atol."
             )
         chosen.nfe = float(result.nfe.double().mean()) if shape[0] else 0.0
         return x, result.value

@@ -21,6 +21,7 @@ Hoogeboom et al. 2023 (cosine); Liu et al. 2022, Lipman et al. 2023 (rectified f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -56,6 +57,13 @@ class SDE(ABC):
     @abstractmethod
     def sigma(self, t: Tensor | float) -> Tensor:
         """Noise standard deviation sigma(t), same shape as t."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """A subclass' alpha and sigma may be written for tensors alone, and may return a constant."""
+        super().__init_subclass__(**kwargs)
+        for name in ("alpha", "sigma"):
+            if name in vars(cls):
+                setattr(cls, name, _schedule(vars(cls)[name]))
 
     # -- derived, overridable ------------------------------------------------------------------------------------
 
@@ -144,6 +152,22 @@ class SDE(ABC):
     def _time(t: Tensor | float) -> Tensor:
         checks.time_like(t)
         return _as_tensor(t)
+
+
+def _schedule(function: Callable[[SDE, Tensor], Tensor]) -> Callable[[SDE, Tensor | float], Tensor]:
+    """`function` for numbers too (as float64 tensors), its result of t's shape."""
+
+    @functools.wraps(function)
+    def wrapped(self: SDE, t: Tensor | float) -> Tensor:
+        if not isinstance(t, Tensor):
+            checks.time_like(t)
+            t = _as_tensor(t)
+        value = function(self, t)
+        if not isinstance(value, Tensor):
+            value = torch.full_like(t, value)
+        return value if value.shape == t.shape else value.expand(t.shape)
+
+    return wrapped
 
 
 def _as_tensor(value: Tensor | float) -> Tensor:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ from scoresde.samplers import FewStep, Scheme
 from scoresde.samplers.few_step import Report, nodes, rule_weights, untuned
 from scoresde.sde import expand
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 4096  # rows per call of the model
 CLOSEST = 0.97  # neighbouring noise levels keep at least this ratio
 DAMPING = (10**-1.5, 10**-0.5, 10**0.5, 10**1.5)  # factors of the last damping that a step is tried with
@@ -87,11 +85,17 @@ def tune(
             f"tuning is for 1 to 50 evaluations with a teacher of at least three times as many, got nfe={nfe} and "
             f"teacher_nfe={teacher_nfe}."
         )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int here, got {seed!r}.")
+    if event_shape is not None and not (isinstance(event_shape, (tuple, list)) and len(event_shape)):
+        raise TypeError(f"event_shape must be the shape of one example, such as (1, 8, 8), got {event_shape!r}.")
     shape = model.event_shape if event_shape is None else tuple(event_shape)
     if shape is None:
         raise ValueError("the model does not say the shape of its examples; pass event_shape=(...).")
     model.check_event(shape)
     check_cond(cond, _rows_of(cond))
+    if cond is not None and _rows_of(cond) < 1:
+        raise ValueError("cond must hold at least one row, a condition for one example.")
     with evaluating(model), bar(iterations + 1, "tuning", "iteration", progress) as ticks:
         return _tune(
             model, nfe, shape, cond, starts, held_out, teacher_nfe, iterations, history, jacobian_starts, seed, ticks
@@ -345,7 +349,8 @@ def _gain_shown(before: Tensor, after: Tensor) -> bool:
 
 
 def _rows_of(cond: Any) -> int:
-    """Rows of a condition: of the first tensor in it; 0 for None."""
-    while isinstance(cond, (dict, tuple, list)) and cond:
-        cond = next(iter(cond.values() if isinstance(cond, dict) else cond))
-    return len(cond) if isinstance(cond, Tensor) else 0
+    """Rows of a condition: of the first tensor in it; 0 where there is none."""
+    if isinstance(cond, Tensor):
+        return cond.shape[0] if cond.dim() else 0
+    parts = cond.values() if isinstance(cond, dict) else cond if isinstance(cond, (tuple, list)) else ()
+    return next((n for n in map(_rows_of, parts) if n), 0)

@@ -54,7 +54,7 @@ def test_flow_ends_where_our_own_does(mixture, process, method):
     assert 20 < method.nfe < 500
 
 
-@pytest.mark.parametrize("name", ADAPTIVE + FIXED)
+@pytest.mark.parametrize("name", [*ADAPTIVE, *FIXED])
 def test_every_method_of_torchdiffeq(name):
     """Each one converges, the first-order ones roughly."""
     model = BLOB.diffuse(VPSDE())

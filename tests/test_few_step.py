@@ -13,7 +13,7 @@ from scoresde import EDMSDE, VESDE, VPSDE, GaussianMixture, NonFiniteError, Scor
 from scoresde.grids import karras, uniform_log_snr
 from scoresde.nets import MLP
 from scoresde.rng import RandomSource
-from scoresde.samplers import FewStep, ProbabilityFlow, Trajectory
+from scoresde.samplers import FewStep, Multistep, ProbabilityFlow, Trajectory
 from scoresde.samplers.few_step import integrals, nodes, rule_weights, tau, untuned
 from scoresde.store import load_model, load_samplers, save_model, save_sampler
 
@@ -342,7 +342,7 @@ def test_a_tuned_sampler_costs_what_it_was_tuned_for(tuned, flows):
     assert torch.equal(sample(model, (4, 2), method=sampler, nfe=5, seed=0), x)
     with pytest.raises(ValueError, match="tuned for 5 evaluations, asked for 6"):
         sample(model, (4, 2), method=sampler, steps=6)
-    with pytest.raises(ValueError, match="own grid"):
+    with pytest.raises(ValueError, match="own noise levels"):
         sample(model, (4, 2), method=sampler, grid=[1.0, 0.5, 1e-3])
 
 
@@ -472,3 +472,31 @@ def test_a_network_that_returns_nan():
     assert 0.2 * 3.4 < level < 3.4  # sigma/alpha = 3.4 at t = 0.5
     assert model.training
     assert model.net.training
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.5, 1e-3], [1.0, 0.8, 0.6, 0.4, 0.2, 1e-3]])
+def test_on_a_given_grid_it_is_plain_adams(times):
+    """Off its own nodes infinity is no node: the endpoint stays sane, and equals Multistep's in the same coordinates."""
+    model = GaussianMixture.isotropic([[-1.0, 0.0], [1.0, 0.0]], 0.2).diffuse(VPSDE(t_min=1e-3))
+    x = sample(model, (256, 2), method="auto", grid=times, seed=0)
+    assert float(x.std()) < 2.0
+    assert torch.equal(x, sample(model, (256, 2), method=Multistep("angle", 3), grid=times, seed=0))
+
+
+def test_tuned_samplers_stay_on_their_ground():
+    """Another t_max or event shape than it was tuned for is an error that says so."""
+    model = GaussianMixture.isotropic([[-1.0, 0.0], [1.0, 0.0]], 0.2).diffuse(VPSDE(t_min=1e-3))
+    small = dict(starts=16, held_out=8, teacher_nfe=20, iterations=1, jacobian_starts=8)
+    tuned = tune(model, 3, **small)
+    with pytest.raises(ValueError, match="below the first evaluation"):
+        sample(model, (2, 2), method=tuned, t_max=0.05, seed=0)
+    other = GaussianMixture.isotropic([[-1.0, 0.0, 0.0]], 0.2).diffuse(VPSDE(t_min=1e-3))
+    with pytest.raises(ValueError, match=r"mean .* has shape \(2,\), expected \(3,\)"):
+        sample(other, (2, 3), method=tuned, seed=0)
+    for bad, error in (
+        (dict(seed=None), TypeError),
+        (dict(event_shape=2), TypeError),
+        (dict(cond=torch.tensor(1.0)), ValueError),
+    ):
+        with pytest.raises(error):
+            tune(model, 3, **(small | bad))

@@ -608,3 +608,12 @@ class _Zero(torch.nn.Module):
 
     def forward(self, x, label):
         return self.scale * x
+
+
+def test_return_log_prob_from_another_start(sde, ring8):
+    """From t_max the Gaussian that is drawn there is what the density starts with; from an x_init below the end it is refused."""
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 0.5).diffuse(sde)  # its marginal is that Gaussian
+    x, value = sample(model, (16, 2), method="ode", seed=3, t_max=0.5, return_log_prob=True)
+    torch.testing.assert_close(value, model.log_prob(x, sde.t_min), rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match="not known"):
+        sample(model, (2, 2), method="ode", grid=[0.5, sde.t_min], x_init=torch.zeros(2, 2), return_log_prob=True)

@@ -3,15 +3,39 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from scoresde import EDMSDE, METHODS, VESDE, VPSDE, NonFiniteError, RectifiedFlow, ScoreModel, ScoreNet, sample
+from scoresde import (
+    EDMSDE,
+    METHODS,
+    VESDE,
+    VPSDE,
+    GaussianMixture,
+    NonFiniteError,
+    RectifiedFlow,
+    ScoreModel,
+    ScoreNet,
+    sample,
+)
 from scoresde.grids import angle, cosine, given, karras, uniform_log_snr, uniform_time
 from scoresde.model import PARAMETERIZATIONS
 from scoresde.rng import RandomSource
-from scoresde.samplers import Hold, Sampler, Trajectory, run, time_grid
+from scoresde.samplers import (
+    Data,
+    Hold,
+    PredictorCorrector,
+    ProbabilityFlow,
+    Sampler,
+    Singlestep,
+    Tau,
+    TorchSDE,
+    Trajectory,
+    run,
+    time_grid,
+)
 
 FIXED = [name for name, make in METHODS.items() if make().nfe_per_step]
 ADAPTIVE = [name for name in METHODS if name not in FIXED]
@@ -84,7 +108,9 @@ def test_nfe_goes_alone():
     model = ScoreNet(Bend(), VPSDE())
     with pytest.raises(ValueError, match=r"steps or nfe, not both; got steps=5 and nfe=10"):
         sample(model, (1, 2), method="ddim", steps=5, nfe=10)
-    for method in (*ADAPTIVE, Hold()):
+    with pytest.raises(ValueError, match="makes no network evaluations"):
+        sample(model, (1, 2), method=Hold(), nfe=10)
+    for method in ADAPTIVE:
         with pytest.raises(ValueError, match="chooses its own number of network evaluations"):
             sample(model, (1, 2), method=method, nfe=10)
     with pytest.raises(ValueError, match="nfe must be at least 1"):
@@ -92,7 +118,7 @@ def test_nfe_goes_alone():
     for nfe in (2.0, True, "5"):
         with pytest.raises(TypeError, match="nfe must be an integer"):
             sample(model, (1, 2), method="ddim", nfe=nfe)
-    with pytest.raises(ValueError, match="2 steps, asked for 4"):
+    with pytest.raises(ValueError, match="leave out nfe"):
         sample(model, (1, 2), method="ddim", nfe=5, grid=[1.0, 0.5, 0.1])
 
 
@@ -402,3 +428,54 @@ def test_starts_of_processes_that_end_early():
     ve = Trajectory()
     sample(ScoreNet(Bend(), VESDE()), (2, 2), method="ddim", steps=2, seed=0, trajectory=ve)
     torch.testing.assert_close(ve.states[0], 50.0 * RandomSource(0, "cpu", 2).normal((2, 2), torch.float32))
+
+
+def test_what_is_no_grid_or_no_trajectory():
+    """Names, strings and tables are refused by name; an array of times is taken."""
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 0.5).diffuse(VPSDE())
+    times = np.array([1.0, 0.5, 0.1])
+    assert sample(model, (2, 2), method="ddim", grid=times, seed=0).shape == (2, 2)
+    for bad, error in (("karras", TypeError), (["a", "b"], TypeError), (torch.ones(2, 2), ValueError)):
+        with pytest.raises(error, match="grid"):
+            sample(model, (2, 2), method="ddim", grid=bad, seed=0)
+    with pytest.raises(ValueError, match="leave out nfe"):
+        sample(model, (2, 2), method="ddim", grid=[1.0, 0.5], nfe=5, seed=0)
+    with pytest.raises(TypeError, match="trajectory"):
+        sample(model, (2, 2), method="ddim", trajectory=True, seed=0)
+    with pytest.raises(ValueError, match="brownian"):
+        sample(model, (2, 2), method="auto", brownian=True, seed=0)
+
+
+def test_samplers_and_models_that_return_something_else():
+    """A step or a denoiser of another shape stops with both shapes."""
+
+    class Half(Sampler):
+        def step(self, model, x, t, s, state, noise, cond=None):
+            return x[:2]
+
+    class Narrow(ScoreModel):
+        def __init__(self):
+            super().__init__()
+            self.sde = VPSDE()
+
+        def denoise(self, x, t, cond=None):
+            return x[:, :1]
+
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 0.5).diffuse(VPSDE())
+    with pytest.raises(ValueError, match=r"Half.step must return .*\(4, 2\).*\(2, 2\)"):
+        sample(model, (4, 2), method=Half(), seed=0)
+    for method in ("ddim", "auto", "heun", "pc"):
+        with pytest.raises(ValueError, match=r"\(4, 1\), expected \(4, 2\)"):
+            sample(Narrow(), (4, 2), method=method, seed=0)
+
+
+def test_noise_where_there_can_be_none():
+    """Singlestep is deterministic; adaptive samplers inside others have no number of evaluations to ask for."""
+    with pytest.raises(ValueError, match="deterministic"):
+        Singlestep(Data(Tau(1.0)))
+    with pytest.raises(TypeError, match=r"Data\(Tau\(0.5\)\)"):
+        Data(0.5)
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 0.5).diffuse(VPSDE())
+    for adaptive in (TorchSDE(adaptive=True), PredictorCorrector(ProbabilityFlow())):
+        with pytest.raises(ValueError, match="chooses its own number"):
+            sample(model, (2, 2), method=adaptive, nfe=11, seed=0)

@@ -23,6 +23,7 @@ from scoresde.likelihood.transport import Transport, transport
 from scoresde.model import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource, Seed
+from scoresde.sde import sum_event
 
 PROBES = 1  # the salt of the probes' seed: they must not repeat the noise that a sample was drawn from
 EXACT_UP_TO = 32  # entries of an example up to which the exact trace is the default
@@ -106,15 +107,22 @@ def generate(
     seed: Seed = None,
     cond: Any = None,
     trajectory: Callable[[float, Tensor], None] | None = None,
+    base_std: float | None = None,
 ) -> tuple[Tensor, LogProb]:
     """Latents z (B, *) at times[0] to samples at times[-1] with their log densities, from one solve.
 
-    `times`: decreasing, from the prior's end to t_min; the states there go to `trajectory`. The rest is as for `log_prob`.
+    `times`: decreasing, to t_min; the states there go to `trajectory`. `base_std`: z was drawn from N(0, base_std^2 I) at
+    times[0]; None where times[0] is the prior's end, whose density the model knows. The rest is as for `log_prob`.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     divergence = default_divergence(math.prod(z.shape[1:])) if divergence is None else divergence
     probes = divergence.probes(z.shape, z.dtype, RandomSource(seed, z.device, z.shape[0], salt=PROBES))
-    x, value, change, nfe = z, model.terminal_log_prob(z), 0.0, 0
+    if base_std is None:
+        value = model.terminal_log_prob(z)
+    else:
+        value = -0.5 * sum_event((z.double() / base_std) ** 2)
+        value = value - z[0].numel() * (0.5 * math.log(2 * math.pi) + math.log(base_std)) if z.shape[0] else value
+    x, change, nfe = z, 0.0, 0
     status = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
     if trajectory is not None:
         trajectory(times[0], x)

@@ -43,7 +43,8 @@ SCHEMES = {
     "log_ode": ("stratonovich", 2),
 }
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+# evaluations per step; None where the method looks back and begins otherwise
+FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": None, "implicit_adams": None}
 EXPLICIT = ("RK45", "RK23", "DOP853")
 PIECES = 8  # of a step, for the time integral of the Brownian path
 MAX_STEPS = 100_000
@@ -107,6 +108,8 @@ class TorchSDE(Sampler):
         self.scheme = checks.choice(scheme, SCHEMES, "scheme of torchsde")
         self.calculus, self.nfe_per_step = SCHEMES[scheme]
         self.adaptive = bool(adaptive)
+        if adaptive:
+            self.nfe_per_step = None
         self.rtol = checks.positive(rtol, "rtol")
         self.atol = checks.positive(atol, "atol")
         self.default_steps = 1 if adaptive else 500
@@ -226,7 +229,7 @@ class _Flow(Sampler):
     """The probability flow in t, one solve per interval of the grid, step sizes shared by the batch."""
 
     default_steps = 1
-    nfe_per_step = 0
+    nfe_per_step = None
     denoise_final = False
     grid = staticmethod(whole_path)
     nfe = 0
@@ -271,7 +274,8 @@ class TorchDiffEq(_Flow):
     def __init__(
         self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, options: dict[str, Any] | None = None
     ):
-        self.method = checks.choice(method, ADAPTIVE + FIXED, "method of torchdiffeq")
+        self.method = checks.choice(method, (*ADAPTIVE, *FIXED), "method of torchdiffeq")
+        self.nfe_per_step = FIXED.get(method)
         self.rtol = checks.positive(rtol, "rtol")
         self.atol = checks.positive(atol, "atol")
         self.options = dict(options or {})

@@ -45,13 +45,13 @@ class Sampler(ABC):
 
     Attributes: `default_steps`; `grid`, the time grid used unless another is given; `denoise_final`, whether the loop
     ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
-    `nfe_per_step`, evaluations of the network per step (0: as many as its tolerances need); `convergence_order`, that of
+    `nfe_per_step`, evaluations of the network per step (None: as many as its tolerances need); `convergence_order`, that of
     the endpoint's error in the step size on smooth grids, for deterministic methods of fixed steps; `saved_at_zero`,
     evaluations that a step which ends at sigma = 0 does without.
     """
 
     default_steps: int = 100
-    nfe_per_step: int = 1
+    nfe_per_step: int | None = 1
     grid: Grid = staticmethod(uniform_time)
     denoise_final: bool = True
     convergence_order: int | None = None
@@ -68,10 +68,7 @@ class Sampler(ABC):
         columns = [c.tolist() for c in self.columns(model, t, s)]
         for i, row in enumerate(zip(*columns, strict=True)):
             if not all(math.isfinite(c) for c in row):
-                raise ValueError(
-                    f"{type(self).__name__} is undefined for {type(model.sde).__name__} on the step from t = {float(t[i]):g} to "
-                    f"{float(s[i]):g}; keep the grid within [{model.sde.t_min:g}, {model.sde.t_max:g}]."
-                )
+                raise undefined(self, model.sde, float(t[i]), float(s[i]))
         keys = zip(t.tolist(), s.tolist(), strict=True)
         rows = zip(*columns, strict=True) if columns else ((),) * t.numel()
         return State(dict(zip(keys, rows, strict=True)))
@@ -123,6 +120,14 @@ class LinearSampler(Sampler):
         return x.add_(noise.normal(x.shape, x.dtype), alpha=c) if c else x
 
 
+def undefined(sampler: Sampler, sde: SDE, t: float, s: float) -> ValueError:
+    """The error for a step whose numbers are not finite."""
+    return ValueError(
+        f"{type(sampler).__name__} is undefined for {type(sde).__name__} on the step from t = {t:g} to {s:g}; keep the grid "
+        f"within [{sde.t_min:g}, {sde.t_max:g}]."
+    )
+
+
 def affine_at(model: ScoreModel | Bound, t: float) -> tuple[float, float, float, float]:
     """(a, b, c, e) at one time as numbers: looked up in a bound model, computed for another."""
     if isinstance(model, Bound):
@@ -164,7 +169,7 @@ def time_grid(
     """The decreasing float64 times of a solve. Raises `ValueError` for steps < 1 or a grid that does not decrease."""
     unset = steps is None
     steps = sampler.default_steps if unset else checks.positive_int(steps, "steps")
-    if isinstance(grid, (Tensor, list, tuple)):
+    if grid is not None and not callable(grid):
         grid, whole = given(grid), len(grid) - 1
         steps = whole if unset else steps
     if grid is None:
@@ -186,8 +191,10 @@ def steps_within(sampler: Sampler, sde: SDE, nfe: int, denoise_final: bool | Non
     checks.positive_int(nfe, "nfe")
     each, final = sampler.nfe_per_step, int(sampler.denoise_final if denoise_final is None else denoise_final)
     name = type(sampler).__name__
-    if each < 1:
+    if each is None:
         raise ValueError(f"{name} chooses its own number of network evaluations; set its tolerances instead of nfe.")
+    if each == 0:
+        raise ValueError(f"{name} makes no network evaluations; pass steps instead of nfe.")
     if float(sde.sigma(sde.t_min)) == 0.0:
         final -= sampler.saved_at_zero
     steps, left = divmod(nfe - final, each)
@@ -232,7 +239,7 @@ def run(
             if i < steps:
                 if follows:
                     noise.advance(points[i], points[i + 1])
-                x = sampler.step(model, x, points[i], points[i + 1], state, noise, cond)
+                x = _same(sampler.step(model, x, points[i], points[i + 1], state, noise, cond), x, sampler)
             else:
                 x = model.denoise(x, points[-1], cond)
             watch.look(x, i, points[i])
@@ -240,6 +247,16 @@ def run(
                 trajectory(points[min(i + 1, steps)], x)
             ticks.update()
     watch.read(x)
+    return x
+
+
+def _same(x: Tensor, before: Tensor, sampler: Sampler) -> Tensor:
+    """x after a step; a sampler that returns something else than a state of the same kind is stopped."""
+    if not isinstance(x, Tensor) or x.shape != before.shape or x.dtype != before.dtype:
+        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{type(sampler).__name__}.step must return a tensor of shape {tuple(before.shape)} and {before.dtype}, got {got}."
+        )
     return x
 
 

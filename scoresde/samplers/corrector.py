@@ -74,10 +74,15 @@ class PredictorCorrector(Sampler):
 
     def __init__(self, predictor: Sampler | None = None, corrector: Langevin | None = Langevin()):  # noqa: B008
         self.predictor = ReverseDiffusion() if predictor is None else predictor
+        if not isinstance(self.predictor, Sampler):
+            raise TypeError(f"predictor must be a Sampler object, such as Ancestral(), got {predictor!r}.")
         self.corrector = corrector
-        self.grid = self.predictor.grid
-        self.nfe_per_step = self.predictor.nfe_per_step + (corrector.steps if corrector else 0)
+        each = self.predictor.nfe_per_step
+        self.nfe_per_step = None if each is None else each + (corrector.steps if corrector else 0)
         self.saved_at_zero = self.predictor.saved_at_zero + (corrector.steps if corrector else 0)
+
+    def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
+        return self.predictor.times(model, steps, t_max)
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
         state = super().start(model, times)
@@ -111,5 +116,4 @@ class AnnealedLangevin(PredictorCorrector):
     default_steps = 200
 
     def __init__(self, steps: int = 5, snr: float = 0.16, rule: str = "sigma"):
-        super().__init__(Hold(), Langevin(snr, steps, rule))
-        self.grid = uniform_log_snr
+        super().__init__(Hold(uniform_log_snr), Langevin(snr, steps, rule))

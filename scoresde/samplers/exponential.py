@@ -136,6 +136,8 @@ class Data(Prediction):
     """m = D, M = 1/phi: DPM-Solver++, UniPC, and with noise SDE-DPM-Solver++, SA-Solver, ER-SDE."""
 
     def __init__(self, phi: Tau | ErSde | None = None):
+        if not (phi is None or (hasattr(phi, "excess") and hasattr(phi, "slope"))):
+            raise TypeError(f"phi must be Tau(...) or ErSde(), got {phi!r}; for tau = 0.5 write Data(Tau(0.5)).")
         self.phi = Tau(0.0) if phi is None else phi
 
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
@@ -156,6 +158,9 @@ class Angle(Prediction):
     """m = the velocity du/dtheta of `scoresde.flow`, M = theta: exact for Gaussian data of standard deviation c."""
 
     c: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self.c, "c")
 
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
         a, b, c, e = affine

@@ -35,6 +35,7 @@ from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
 from scoresde.samplers.exponential import Angle, Array, Points, affine_arrays
+from scoresde.samplers.multistep import Multistep, Plan
 
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 PANEL = 2.0  # longest panel of the quadrature, in units of log r
@@ -145,7 +146,7 @@ class FewStep(Sampler):
     Arguments: `scheme`, a tuned one (then `steps` is its own number), or None for the rule; `c`, the data's standard
     deviation (None: the model's `sigma_data`); `mean`, the data's mean, shape of one example, or None for zero; `report`,
     what tuning gained.
-    On a grid that is given, the rule's weights are taken for its times, and every time but the last costs an evaluation.
+    On a grid that is given it is `Multistep("angle", 3)`: every time but the last costs an evaluation.
     """
 
     default_steps = 10
@@ -183,14 +184,21 @@ class FewStep(Sampler):
         start = float(ends_of(sde, steps, t_max)[0])
         inner = sde.time(torch.from_numpy(-2 * np.log(self.scheme_for(model, steps, t_max).r[:-1])))
         ends = torch.tensor([start, sde.t_min], dtype=torch.float64)
+        if float(inner[0]) > start + 1e-9:
+            raise ValueError(
+                f"t_max = {start:g} lies below the first evaluation of this tuned sampler, t = {float(inner[0]):g}; leave it out."
+            )
         inner = inner[inner < start - 1e-12] if float(inner[0]) > start - 1e-9 else inner
         return torch.cat([ends[:1], inner, ends[1:]])
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
-        sde, c = model.sde, self.scale(model)
-        points = Points.of(sde, times)
-        own = times.numel() > 2 and self._is_own(model, times)
-        scheme, free = own if own else (self._on(points, c), False)
+        c, points = self.scale(model), Points.of(model.sde, times)
+        if self.mean is not None and model.event_shape is not None:
+            checks.same_shape(self.mean, model.event_shape, "the mean that this sampler was tuned with (one example)")
+        own = self._is_own(model, times)
+        if own is None:
+            return self._elsewhere(c).start(model, times)
+        scheme, free = own
         at = points[1:] if free else points
         p, q = Angle(c).combination(affine_arrays(model, torch.from_numpy(at.t)), at)
         size = np.hypot(at.sigma, at.alpha * c)
@@ -214,25 +222,26 @@ class FewStep(Sampler):
         """(scheme, whether its first interval is free) if `times` are this sampler's own."""
         t_max = float(times[0])
         for n, free in ((times.numel() - 2, True), (times.numel() - 1, False)):
-            if self.scheme is None or self.scheme.nfe == n:
+            if n >= 1 and (self.scheme is None or self.scheme.nfe == n):
                 expected = self.times(model, n, t_max)
                 if expected.shape == times.shape and torch.equal(expected, times):
                     return self.scheme_for(model, n, t_max), free
         return None
 
-    def _on(self, points: Points, c: float) -> Scheme:
+    def _elsewhere(self, c: float) -> Multistep:
+        """Off its own nodes, where infinity is no useful node: plain Adams in the same coordinates."""
         if self.scheme is not None:
-            raise ValueError("a tuned sampler runs on its own grid; leave grid=None.")
-        r = np.exp(points.log_r)
-        return Scheme(r, np.zeros(len(r) - 1), rule_weights(r, c, float(r[0])))
+            raise ValueError(
+                "a tuned sampler runs on its own noise levels; leave out grid and single steps of other lengths."
+            )
+        return Multistep(Angle(c), 3)
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
         plan = state.table.get((t, s))
-        if plan is None:  # a single step outside the loop
-            state.table.update(self.start(model, torch.tensor([t, s], dtype=torch.float64)).table)
-            state.memory, plan = [], state.table[t, s]
+        if plan is None or isinstance(plan, Plan):  # on a given grid, or a single step outside the loop
+            return self._elsewhere(self.scale(model)).step(model, x, t, s, state, noise, cond)
         if len(plan) == 2:  # the free move
             keep, shift = plan
             x = x * keep

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.grids import angle
+from scoresde.grids import Grid, angle, uniform_time
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import LinearSampler, Sampler, State, transition
@@ -62,6 +62,9 @@ class Hold(Sampler):
     """Leaves x as it is, without a network call: the predictor of a corrector-only sampler (Song et al. 2021, table 1)."""
 
     nfe_per_step = 0
+
+    def __init__(self, grid: Grid = uniform_time):
+        self.grid = grid
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None

@@ -15,7 +15,10 @@ weights. The table of known methods, each a choice of the arguments:
 | exponential Adams-Bashforth | noise, data, angle | log-SNR | k | | exact |
 | SDE-DPM-Solver++ (2M), (3M) | data, tau = 1 | log-SNR | 2, 3 | | midpoint, exact |
 | SA-Solver, Xue et al. 2023 | data, tau in a window | log-SNR | p | c | exact |
-| ER-SDE-k, Cui et al. 2023 | data, their phi | ratio | k | | exact |
+| ER-SDE-1, -2, Cui et al. 2023 | data, their phi | ratio | 1, 2 | | exact |
+
+With three predictions the ER-SDE here takes the exact integral of the quadratic, where the paper takes a Taylor term; and from
+order 3 on the first step of every method is redone, which no paper does (see `Multistep`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from scoresde.bound import combine
 from scoresde.grids import Grid, balanced
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
-from scoresde.samplers.base import Sampler, State
+from scoresde.samplers.base import Sampler, State, undefined
 from scoresde.samplers.exponential import (
     VARIABLES,
     Array,
@@ -137,8 +140,9 @@ class Multistep(Sampler):
         steps = times.numel() - 1
         bounds = [*range(begin, min(self.order + 1, steps)), steps] if begin < self.order else [begin, steps]
         plans: list[Plan] = []
-        for first, last in itertools.pairwise(bounds):
-            plans += self._group(model.sde, prediction, points, pairs, first, last)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is named below
+            for first, last in itertools.pairwise(bounds):
+                plans += self._group(model.sde, prediction, points, pairs, first, last)
         return plans
 
     def _group(
@@ -165,6 +169,8 @@ class Multistep(Sampler):
                 prediction, sde, back(1), t, nodes, self.variable, midpoint=self.midpoint and redo == 2
             )
         numbers = np.stack([*(v[first:last] for v in pairs), keep, noise, *weights, *corrector], 1)
+        for i in np.flatnonzero(~np.isfinite(numbers).all(1))[:1]:
+            raise undefined(self, sde, float(t.t[i]), float(s.t[i]))
         return [
             Plan(p, q, keep, tuple(rest[:count]), noise, tuple(rest[count:]))
             for p, q, keep, noise, *rest in numbers.tolist()

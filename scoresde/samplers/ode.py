@@ -35,7 +35,7 @@ class ProbabilityFlow(Sampler):
     """
 
     default_steps = 1
-    nfe_per_step = 0
+    nfe_per_step = None
     denoise_final = False
     grid = staticmethod(whole_path)
 

@@ -14,7 +14,7 @@ from scoresde.grids import Grid, balanced
 from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State, prepare
-from scoresde.samplers.exponential import Points, Prediction, affine_arrays, prediction_for, step_weights
+from scoresde.samplers.exponential import Data, Points, Prediction, affine_arrays, prediction_for, step_weights
 
 
 class Stage(NamedTuple):
@@ -47,7 +47,9 @@ class Singlestep(Sampler):
     denoise_final = False
 
     def __init__(self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = balanced):
-        prediction_for(prediction, 1.0)
+        kind = prediction_for(prediction, 1.0)
+        if isinstance(kind, Data) and kind.phi.noisy:
+            raise ValueError("singlestep methods are deterministic; for a noisy phi use Multistep(Data(phi), order).")
         self.prediction = prediction
         self.scheme = checks.choice(scheme, SCHEMES, "singlestep scheme")
         self.fractions, self.nodes = SCHEMES[scheme]
