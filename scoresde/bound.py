@@ -11,6 +11,7 @@ for no conversion.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -89,8 +90,10 @@ class Bound:
 class BoundNet(Bound):
     """The same for a network called as net(scale x, label[, cond]), without the model's own checks in between."""
 
-    def __init__(self, model: Any, x: Tensor, times: Tensor):
-        self.net = model.net
+    def __init__(self, model: Any, x: Tensor, times: Tensor, *, compile: bool = False):
+        self.net = compiled(model.net, x.device) if compile else model.net
+        # a captured graph writes every result into the same memory
+        self.graphed = compile and x.device.type == "cuda"
         self.dtype = network_dtype(model.net, x)
         self.cast = self.dtype != x.dtype
         super().__init__(model, x, times)
@@ -105,14 +108,29 @@ class BoundNet(Bound):
         given = x if row.scale is None else x * row.scale
         if self.cast:
             given = given.to(self.dtype)
+        if self.graphed:
+            torch.compiler.cudagraph_mark_step_begin()
         out = self.net(given, row.label) if cond is None else self.net(given, row.label, cond)
-        return network_result(out, x)
+        out = network_result(out, x)
+        return out.clone() if self.graphed else out
 
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         if isinstance(t, Tensor):
             return self.model.denoise(x, t, cond)
         row = self.at(t)
         return combine(row.a, x, row.b, self.output(x, t, cond))
+
+
+_COMPILED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def compiled(net: nn.Module, device: torch.device) -> Any:
+    """`torch.compile(net)`, once per network; on CUDA with its calls captured as graphs."""
+    found = _COMPILED.get(net)
+    if found is None:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        found = _COMPILED[net] = torch.compile(net, mode=mode)
+    return found
 
 
 def combine(a: float, x: Tensor, b: float, out: Tensor) -> Tensor:

@@ -77,8 +77,15 @@ class ScoreModel(nn.Module, ABC):
         """(a, b, c, e) for float64 times t, any shape, with D = a x + b F and eps_hat = c x + e F."""
         return denoiser_affine(self.sde, t)
 
-    def bound(self, x: Tensor, times: Tensor) -> Bound:
-        """This model prepared for a solve of states like x (B, *) through float64 `times` (N,)."""
+    def bound(self, x: Tensor, times: Tensor, *, compile: bool = False) -> Bound:
+        """This model prepared for a solve of states like x (B, *) through float64 `times` (N,).
+
+        `compile` asks for a compiled network; only a plain `ScoreNet` has one to compile (`ValueError` for others).
+        """
+        if compile:
+            raise ValueError(
+                f"compile=True is for a plain ScoreNet; compile the parts of a {type(self).__name__} yourself."
+            )
         return Bound(self, x, times)
 
     @property
@@ -203,10 +210,12 @@ class ScoreNet(ScoreModel):
         out = call_network(self.net, x if scale is None else expand(scale, x) * x, label, cond)
         return network_result(out, x)
 
-    def bound(self, x: Tensor, times: Tensor) -> Bound:
+    def bound(self, x: Tensor, times: Tensor, *, compile: bool = False) -> Bound:
         if self._redefined or type(self).output is not ScoreNet.output:
+            if compile:
+                return super().bound(x, times, compile=True)
             return Bound(self, x, times, plain=self._redefined)
-        return BoundNet(self, x, times)
+        return BoundNet(self, x, times, compile=compile)
 
     @property
     def _redefined(self) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -479,3 +480,19 @@ def test_noise_where_there_can_be_none():
     for adaptive in (TorchSDE(adaptive=True), PredictorCorrector(ProbabilityFlow())):
         with pytest.raises(ValueError, match="chooses its own number"):
             sample(model, (2, 2), method=adaptive, nfe=11, seed=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_samples():
+    """compile=True: the same numbers to rounding, compiled once; other models say that they have nothing to compile."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    model = ScoreNet(Bend(), VPSDE(), "noise")
+    plain, first, again = (
+        sample(model, (4, 2), method="dpm++2m", steps=5, seed=0, compile=c) for c in (False, True, True)
+    )
+    torch.testing.assert_close(first, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(first, again)
+    exact = GaussianMixture.isotropic([[0.0, 0.0]], 0.5).diffuse(VPSDE())
+    with pytest.raises(ValueError, match="plain ScoreNet"):
+        sample(exact, (4, 2), method="ddim", seed=0, compile=True)

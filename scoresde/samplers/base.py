@@ -219,6 +219,7 @@ def run(
     progress: bool = False,
     trajectory: Callable[[float, Tensor], None] | None = None,
     denoise_final: bool | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """The loop of every sampler: x (B, *) from times[0] to times[-1], then the final denoiser.
 
@@ -226,7 +227,7 @@ def run(
     the loop, so that no step waits for the host.
     """
     steps = times.numel() - 1
-    model = model.bound(x, times)
+    model = model.bound(x, times, compile=compile)
     state = sampler.start(model, times)
     points = times.tolist()
     watch = _Watch(x.device)
