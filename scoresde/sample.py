@@ -131,8 +131,8 @@ def sample(
         brownian: take the noise of a stochastic method's steps from one Brownian path in t (`samplers.BrownianPath`), so that
             runs with one seed and more and more steps follow the same path.
         trajectory: called with (t, x) at every time of the grid, for example a `samplers.Trajectory()`.
-        compile: run the network of a fixed-step method through `torch.compile` (on CUDA captured as a graph). The first call takes from seconds to
-            minutes; a U-Net then gains, a small MLP may lose. Networks are compiled once and kept.
+        compile: run the network of a fixed-step method through `torch.compile` (on CUDA captured as a graph). The first
+            call takes from seconds to minutes; a U-Net then gains, a small MLP may lose. Each network is compiled once.
         denoise_final: end with the denoiser at t_min; None leaves the method's own rule.
 
     Returns samples of the given shape on the model's device, in float32 (float64 for a float64 network or `x_init`).
