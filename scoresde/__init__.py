@@ -25,6 +25,7 @@ from scoresde.likelihood import (
     ddpm_bound,
     elbo,
     log_prob,
+    plan_likelihood,
 )
 from scoresde.losses import denoising_loss
 from scoresde.mixture import DiffusedMixture, GaussianMixture
@@ -68,6 +69,7 @@ __all__ = [
     "interpolate",
     "load",
     "log_prob",
+    "plan_likelihood",
     "sample",
     "slerp",
     "tune",

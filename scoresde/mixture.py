@@ -121,6 +121,9 @@ class DiffusedMixture(ScoreModel):
         self.diagonal = mixture.diagonal
         self.event_shape = mixture.event_shape
         self.sigma_data = math.sqrt(float(mixture.covariance.diagonal().mean()))
+        narrowest = math.sqrt(float(mixture.eigenvalues.min())) / self.sigma_data
+        self.flow_scales = self.trace_scales = (min(max(0.7 * narrowest, 1e-3), 1.0), 1.0)
+        self.flow_mismatch = 0.005  # only what interpolation leaves: the score is exact
         for name in ("weights", "means", "eigenvalues", "eigenvectors"):
             self.register_buffer(name, getattr(mixture, name), persistent=False)
 

@@ -41,6 +41,12 @@ class ScoreModel(nn.Module, ABC):
     event_shape: tuple[int, ...] | None = None
     levels: int | None = None
     value_range: tuple[float, float] = (-1.0, 1.0)
+    # hints to solvers of the probability flow: the angles (radians, see `scoresde.flow`) from either end, data and noise, down to
+    # which its velocity still changes, and the divergence of that; and how far, relatively, the score is from the gradient of
+    # the flow's own log density. A network of the noise divides by alpha, which shows until the very end.
+    flow_scales: tuple[float, float] = (0.01, 0.003)
+    trace_scales: tuple[float, float] = (0.01, 0.05)
+    flow_mismatch: float = 0.1
 
     @abstractmethod
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:

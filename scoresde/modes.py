@@ -10,12 +10,12 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """No gradients, dropout and the like off; every submodule's own mode is restored afterwards."""
+def evaluating(module: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """No gradients (unless asked for), dropout and the like off; every submodule's own mode is restored afterwards."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for m in training:

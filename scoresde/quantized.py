@@ -46,6 +46,8 @@ class QuantizedScoreNet(ScoreModel):
     Raises `ValueError` for levels < 2, an empty value_range, or a network output of another shape.
     """
 
+    flow_scales = (0.001, 0.05)  # the edges of the intervals are felt down to very little noise
+
     def __init__(
         self,
         net: nn.Module,

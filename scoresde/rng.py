@@ -33,6 +33,34 @@ def spawn(seed: int, n: int, start: int = 0) -> list[int]:
     return [derive(seed, i) for i in range(start, start + n)]
 
 
+class Streams:
+    """Many sources of one seed, for work that returns to some rows of a batch.
+
+    `source(rows, *key)`: the `RandomSource` of those rows (None for all) and that key. With one seed per sample it
+    depends on the samples' own seeds and the key alone; without a key it is the seed's own source.
+    """
+
+    def __init__(self, seed: Seed, device: torch.device | str, batch_size: int, *, salt: int = 0):
+        RandomSource(seed if not isinstance(seed, torch.Generator) else 0, device, batch_size)  # the checks of a seed
+        if seed is None:
+            seed = int.from_bytes(os.urandom(7), "little")
+        elif isinstance(seed, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+        self.seed = seed if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+        self.device, self.batch_size, self.salt = device, batch_size, salt
+
+    def source(self, rows: Tensor | None = None, *key: int) -> RandomSource:
+        """The random numbers of `rows` under `key`."""
+        n = self.batch_size if rows is None else len(rows)
+        seed = self.seed
+        if isinstance(seed, list):
+            seed = seed if rows is None else [seed[i] for i in rows.tolist()]
+            seed = [derive(s, *key) for s in seed] if key else seed
+        elif key:
+            seed = derive(seed, *key)
+        return RandomSource(seed, self.device, n, salt=self.salt)
+
+
 class RandomSource:
     """Standard normal and uniform numbers on one device for a batch of known size.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -93,6 +94,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             "to an earlier checkpoint."
         ) from e
     return tensors, header
+
+
+def digest(tensors: dict[str, Tensor], about: Any = None) -> str:
+    """SHA-256, as hex digits, of the names, types, shapes and bytes of tensors, and of `about` as JSON."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def describe(model: ScoreModel) -> dict[str, Any]:

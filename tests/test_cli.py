@@ -276,24 +276,25 @@ def test_output_below_a_file(capsys, model_path, tmp_path):
 def test_bpd(capsys, model_path, tmp_path):
     """The first images only, one line of result, and the numbers as JSON; the batch size does not matter."""
     args = ["bpd", model_path, "--limit", "3", "--probes", "1", "--rtol", "1e-2"]
-    code, out, _ = call(capsys, *args, "--out", tmp_path / "a.json")
+    code, out, _ = call(capsys, *args, "--out", tmp_path / "a")
     assert code == 0
     found = re.search(r"digits:test: ([0-9.]+) \+- ([0-9.]+) bits/dim over 3 images", out)
-    record = json.loads((tmp_path / "a.json").read_text())
+    record = json.loads((tmp_path / "a" / "result.json").read_text())
     assert float(found.group(1)) == pytest.approx(record["bits_per_dim"], abs=6e-4)
     assert 1.0 < record["bits_per_dim"] < 8.0
     assert record["images"] == 3
     assert record["unfinished"] == 0
     assert record["nfe"] > 5
     assert {"stderr", "seconds", "cpu_seconds", "probes", "rtol", "data", "model", "version"} <= record.keys()
-    assert call(capsys, *args, "--batch_size", "2", "--out", tmp_path / "b.json")[0] == 0
-    assert json.loads((tmp_path / "b.json").read_text())["bits_per_dim"] == pytest.approx(
+    assert call(capsys, *args, "--batch_size", "2", "--out", tmp_path / "b")[0] == 0
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["bits_per_dim"] == pytest.approx(
         record["bits_per_dim"], abs=1e-3
     )
 
 
-def test_bpd_of_an_npz_file(capsys, model_path, tmp_path):
+def test_bpd_of_an_npz_file(capsys, model_path, tmp_path, monkeypatch):
     """Levels must be given and be the model's, and the pixels within them."""
+    monkeypatch.chdir(tmp_path)  # results go to runs/ there
     path = tmp_path / "a.npz"
     np.savez(path, images=np.full((2, 8, 8), 16, np.uint8))
     assert "pass levels" in fails(capsys, "bpd", model_path, "--data", path)
@@ -319,15 +320,15 @@ def test_bpd_of_an_npz_file(capsys, model_path, tmp_path):
         (["--batch_size", "0"], "batch_size"),
     ],
 )
-def test_bpd_errors(capsys, model_path, args, message):
+def test_bpd_errors(capsys, model_path, tmp_path, args, message):
     """Data, levels and numbers that make no sense, each named in one line."""
-    assert message in fails(capsys, "bpd", model_path, *args)
+    assert message in fails(capsys, "bpd", model_path, "--out", tmp_path / "out", *args)
 
 
 def test_data_of_another_shape(capsys, model_path, tmp_path):
     """Images that the model was not made for: both shapes."""
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8))
-    line = fails(capsys, "bpd", model_path, "--data", tmp_path / "a.npz", "--levels", "17")
+    line = fails(capsys, "bpd", model_path, "--data", tmp_path / "a.npz", "--levels", "17", "--out", tmp_path / "out")
     assert "(1, 8, 8)" in line
     assert "(1, 4, 4)" in line
 

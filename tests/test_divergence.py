@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from scoresde import VPSDE, Exact, Hadamard, Hutchinson, HutchPlusPlus, ScoreNet, log_prob
-from scoresde.likelihood.divergence import _walsh
 from scoresde.rng import RandomSource, spawn
 
 D = 12

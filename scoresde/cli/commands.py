@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from scoresde._version import __version__
+from scoresde.cli.bpd import bits_line, measure
 from scoresde.sample import METHODS
 from scoresde.samplers import FewStep, Sampler
 
@@ -21,15 +22,18 @@ CHUNK = 256
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device of a name; "auto" takes CUDA where there is one."""
+    """The torch device of a name; "auto" takes CUDA where there is one. A launcher's process takes the CUDA device of its
+    LOCAL_RANK."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as e:
         raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda.") from e
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees none; use --device cpu or auto.")
+    if chosen == torch.device("cuda") and os.environ.get("LOCAL_RANK", "").isdigit():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return chosen
 
 
@@ -93,7 +97,7 @@ def train(
     if score and options.data == "digits":
         from scoresde.data import digits
 
-        metrics["test"] = measure(result.model, digits("test"), probes=4, seed=options.seed)
+        metrics["test"] = measure(result.model, digits("test"), seed=options.seed)
         print(bits_line(metrics["test"]))
     write_metrics(Path(out), metrics)
     print(f"metrics: {out}/metrics.json")
@@ -221,44 +225,62 @@ def bpd(
     model: str,
     data: str = "digits:test",
     levels: int | None = None,
-    probes: int = 4,
+    probes: int = 8,
     rtol: float = 1e-4,
+    dequantization: Literal["uniform", "truncated-normal"] = "uniform",
+    samples: int = 1,
+    draws: int = 1,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     out: str | None = None,
+    shard: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Exact bits/dim of images under a model, by the probability-flow ODE with uniform dequantization.
+    """Exact bits/dim of images under a model, by the probability-flow ODE.
+
+    Every finished batch is stored in OUT. After an interruption of any kind, the same command goes on where it stopped.
+    Under torchrun or accelerate launch, or with --shard, each process takes its part of the batches, and whoever finds
+    all of them in OUT writes OUT/result.json and OUT/images.npz (bits/dim of each image, in the order of the data).
 
     Args:
         model: A model's folder or file, or a training run's folder.
         data: digits:test (or :train, :validation), an .npz file of integers, or a folder of images.
         levels: Grey levels of the data, for .npz files (256 for 8-bit images).
-        probes: Random probes per image of the Hutchinson trace estimate; 0 takes the exact trace, which is slow.
-        rtol: Error per step of the ODE solver.
+        probes: Orthogonal probes per image and place of the trace estimate, in two independent halves that give its standard error
+            (an odd number has none); 0 takes the exact trace, which is slow.
+        rtol: Tolerance of the solver.
+        dequantization: uniform, for models of dequantized images; truncated-normal, for models of the levels' centres.
+        samples: Points per bound, combined by importance weighting; more of them tighten it.
+        draws: Independent bounds per image, averaged.
         limit: Use only the first so many images.
-        seed: Seed of the dequantization noise and of the probes.
-        batch_size: Images at a time; the result does not depend on it.
-        out: Also write the result to this JSON file.
-        device: auto, cpu or cuda.
+        seed: Seed of the dequantization noise and of the probes; image i draws from (seed, i).
+        batch_size: Images at a time, as memory allows; it changes the result by rounding only.
+        out: Folder of the results, runs/bpd-CODE by default, with a CODE of the model's weights, the data and the settings.
+        shard: Compute only this part of the batches, as 2/8 (the second of eight); the processes need share nothing but OUT.
+        device: auto, cpu or cuda; with several processes on a machine, each takes its own CUDA device.
     """
     from scoresde import checks, load
+    from scoresde.cli.bpd import Job, share_of
     from scoresde.data import Images, load_images
-    from scoresde.store import check_writable, write_json
 
-    if out is not None:
-        check_writable(Path(out).absolute().parent)
-    net = load(model).to(pick_device(device))
+    share = share_of(shard)
+    net = load(model)
     images = load_images(data, levels)
     if limit is not None:
         checks.positive_int(limit, "limit")
         images = Images(images.values[:limit], images.levels, images.name)
-    result = measure(net, images, probes=probes, rtol=rtol, seed=seed, batch_size=batch_size)
-    print(f"{images.name}: {bits_line(result)}")
-    if out is not None:
-        write_json(Path(out), {"model": str(model), "data": data, "version": __version__, **result})
-        print(f"written to {out}")
+    job = Job(
+        net.to(pick_device(device)),
+        images,
+        out,
+        estimator=dict(probes=probes, rtol=rtol),
+        dequantization=dict(dequantization=dequantization, samples=samples, draws=draws),
+        seed=seed,
+        batch_size=batch_size,
+    )
+    job.run(share)
+    print(job.report(share, {"model": str(model), "data": data}))
 
 
 def info(model: str | None = None) -> None:
@@ -302,50 +324,6 @@ def draw_images(
         parts.append(draw(net, shape, method=method, steps=steps, nfe=nfe, seed=seeds, progress=progress).cpu())
     x = torch.cat(parts)
     return x if net.levels is None else quantize(x, net.levels, net.value_range)
-
-
-def measure(net, images, *, probes: int = 4, rtol: float = 1e-3, seed: int = 0, batch_size: int = 64) -> dict:
-    """Test bits/dim as plain numbers: mean, standard error, NFE, seconds and settings."""
-    from scoresde import Exact, Hutchinson, bits_per_dim
-
-    check_probes(probes)
-    start, cpu = time.perf_counter(), time.process_time()
-    result = bits_per_dim(
-        net,
-        images.values,
-        levels=images.levels,
-        divergence=Hutchinson(probes) if probes else Exact(),
-        rtol=rtol,
-        atol=rtol,
-        seed=seed,
-        batch_size=batch_size,
-        progress=True,
-    )
-    return {
-        "bits_per_dim": result.mean,
-        "stderr": result.stderr,
-        "images": len(images),
-        "nfe": result.nfe,
-        "probes": probes or "exact trace",
-        "rtol": rtol,
-        "unfinished": int((result.status != 0).sum()),
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - cpu,
-    }
-
-
-def check_probes(probes: int) -> None:
-    """`ValueError` for a negative number of probes."""
-    if probes < 0:
-        raise ValueError(f"probes must be at least 0 (0 takes the exact trace), got {probes}.")
-
-
-def bits_line(m: dict) -> str:
-    """One line for people."""
-    return (
-        f"{m['bits_per_dim']:.3f} +- {m['stderr']:.3f} bits/dim over {m['images']} images "
-        f"({m['nfe']:.0f} network evaluations each, {m['seconds']:.0f} s)"
-    )
 
 
 def training_record(result, options) -> dict:

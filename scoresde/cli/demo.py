@@ -10,15 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.cli.commands import (
-    bits_line,
-    check_probes,
-    draw_images,
-    measure,
-    pick_device,
-    training_record,
-    write_metrics,
-)
+from scoresde.cli.bpd import bits_line, check_probes, measure
+from scoresde.cli.commands import draw_images, pick_device, training_record, write_metrics
 
 # the steps keep the demo short; each method's own default is what `scoresde sample` uses
 DEMO_METHODS = {"pc": 150, "ode": None, "euler": 250, "ancestral": 250, "ddim": 40}
@@ -29,7 +22,7 @@ def demo(
     out: str = "runs/demo",
     minutes: float = 5.0,
     images: int = 128,
-    probes: int = 4,
+    probes: int = 8,
     seed: int = 0,
     overwrite: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -40,7 +33,7 @@ def demo(
         out: Folder for the model, metrics.json and the figures.
         minutes: Minutes of training at most.
         images: Samples per method.
-        probes: Random probes per test image in the trace estimate.
+        probes: Orthogonal probes per test image in the trace estimate; 0 takes the exact trace.
         seed: Seed of everything random.
         overwrite: Move an earlier demo from OUT to OUT.old instead of refusing.
         device: Where to compute.

@@ -37,8 +37,8 @@ def main(args: list[str] | None = None) -> int:
     except TrainingInterrupted as e:
         print(f"\nstopped: {e}", file=sys.stderr)
         return 130
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C.", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"\nstopped by Ctrl-C. {e}".rstrip(), file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         print(f"error: {e}", file=sys.stderr)

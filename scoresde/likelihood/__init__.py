@@ -2,6 +2,7 @@
 
 from scoresde.likelihood.bits import BitsPerDim, bits_from_nats, bits_per_dim
 from scoresde.likelihood.ddpm import DDPMBound, ddpm_bound
+from scoresde.likelihood.decoupled import Plan
 from scoresde.likelihood.dequantization import (
     Dequantizer,
     TruncatedNormalDequantizer,
@@ -11,9 +12,10 @@ from scoresde.likelihood.dequantization import (
     looks_quantized,
     quantize,
 )
-from scoresde.likelihood.divergence import Divergence, Exact, Hadamard, Hutchinson, HutchPlusPlus
+from scoresde.likelihood.divergence import Divergence, Exact, Hadamard, Hutchinson, HutchPlusPlus, default_divergence
 from scoresde.likelihood.elbo import elbo
-from scoresde.likelihood.log_prob import LogProb, default_divergence, log_prob
+from scoresde.likelihood.log_prob import LogProb, log_prob
+from scoresde.likelihood.plan import plan_likelihood
 
 __all__ = [
     "BitsPerDim",
@@ -25,6 +27,7 @@ __all__ = [
     "HutchPlusPlus",
     "Hutchinson",
     "LogProb",
+    "Plan",
     "TruncatedNormalDequantizer",
     "UniformDequantizer",
     "VariationalDequantizer",
@@ -36,5 +39,6 @@ __all__ = [
     "elbo",
     "log_prob",
     "looks_quantized",
+    "plan_likelihood",
     "quantize",
 ]

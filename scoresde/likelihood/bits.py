@@ -23,8 +23,10 @@ from torch import Tensor
 from scoresde import checks, ode
 from scoresde.flow import move, take_rows
 from scoresde.likelihood.dequantization import Dequantizer, dequantizer, log_mean_weight, pair
-from scoresde.likelihood.divergence import Divergence
-from scoresde.likelihood.log_prob import log_prob
+from scoresde.likelihood.decoupled import Plan
+from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
+from scoresde.likelihood.log_prob import METHODS, log_prob
+from scoresde.likelihood.plan import plan_likelihood
 from scoresde.model import ScoreModel, check_cond, require_model
 from scoresde.modes import device_of, dtype_of
 from scoresde.progress import bar
@@ -38,7 +40,8 @@ class BitsPerDim:
     part of each example's error that the trace estimate explains; `nfe`, mean evaluations per example; `status` (N,).
 
     `per_draw` (N, draws), the bound from each dequantization draw, of which `per_example` is the mean; `draw_stderr`, the
-    part of the error of `mean` that comes from the draws (and probes) alone, which more draws would reduce: NaN for one draw.
+    part of the error of `mean` that comes from the draws (and probes) alone, which more draws would reduce: NaN for one draw;
+    `nfe_per_example` (N,).
     """
 
     mean: float
@@ -49,6 +52,7 @@ class BitsPerDim:
     status: Tensor
     draw_stderr: float = math.nan
     per_draw: Tensor | None = None
+    nfe_per_example: Tensor | None = None
 
 
 def bits_from_nats(log_prob: Tensor, d: int, levels: int, value_range: tuple[float, float]) -> Tensor:
@@ -69,9 +73,11 @@ def bits_per_dim(
     divergence: Divergence | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-4,
-    method: str = "tsit5",
+    method: str = "decoupled",
+    plan: Plan | str | None = "auto",
     max_nfe: int = 10_000,
     seed: int = 0,
+    first: int = 0,
     cond: Any = None,
     batch_size: int = 256,
     progress: bool = False,
@@ -82,7 +88,9 @@ def bits_per_dim(
     what the model was trained on, 256 for a model that does not say (refused where the data only reach below 64);
     `value_range`, where the levels lie in the model's
     space, by default the model's; `cond`, conditions for all N (tensor data only); `seed`: example i draws its noise
-    from (seed, i), so results do not depend on `batch_size`. The rest as in `log_prob`.
+    from (seed, first + i), so results do not depend on `batch_size`; `first`: where data[0] stands in a larger set that is
+    scored in parts; `plan`: where a decoupled solve looks, by default `plan_likelihood(model)` on eight of the model's own
+    samples where the trace is estimated (None: what `log_prob` takes by itself). The rest as in `log_prob`.
 
     `dequantization`: "uniform", for models of dequantized images; "truncated-normal", for models of the levels' centres; or
     an object with `draw(data, source)`, such as a fitted `VariationalDequantizer`. `samples`: points per bound, combined by
@@ -99,17 +107,25 @@ def bits_per_dim(
     require_model(model)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ValueError(f"first must be an int >= 0, the index of data[0] in the whole set, got {first!r}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
         checks.positive(value, name)
     checks.positive_int(max_nfe, "max_nfe")
-    checks.choice(method, ode.TABLEAUX, "Runge-Kutta method")
+    checks.choice(method, METHODS, "method of solution")
+    if isinstance(plan, str):
+        checks.choice(plan, ("auto",), "plan")
     if len(getattr(data, "shape", ())) > 1:
         model.check_event(tuple(data.shape[1:]))
     declared = levels is not None or model.levels is not None
-    levels = _levels(model, levels)
+    levels = levels_of(model, levels)
     ends = pair(model.value_range if value_range is None else value_range)
     points = dequantizer(dequantization, model, levels, ends)
     options = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
+    if plan != "auto":
+        options["plan"] = plan
+    elif cond is None and surveyed(model, divergence, method):
+        options["plan"] = plan_likelihood(model, divergence=divergence, rtol=rtol, atol=atol)
     device = device_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
     total = data.shape[0] if hasattr(data, "shape") else None
@@ -123,7 +139,7 @@ def bits_per_dim(
                 )
             k, c = k.to(device), move(c, device)
             log_w, error, cost, state = _log_weights(
-                model, k, c, points, (draws, samples), spawn(seed, n, seen), batch_size, options
+                model, k, c, points, (draws, samples), spawn(seed, n, first + seen), batch_size, options
             )
             values.append((-log_mean_weight(log_w.transpose(0, 1)) / (d * math.log(2))).T.cpu())
             errors.append((error / (d * math.log(2))).cpu())
@@ -131,29 +147,55 @@ def bits_per_dim(
             status.append(state.cpu())
             seen += n
             ticks.update(n)
-            ticks.set_postfix_str(f"{float(torch.cat(values).nanmean()):.3f} bits/dim")
+            ticks.set_postfix_str(estimate_text(torch.cat(values).mean(1)))
     if not seen:
         raise ValueError("data is empty; bits/dim needs at least one example.")
-    per_draw, state = torch.cat(values), torch.cat(status)
-    per_example = per_draw.mean(1) if draws > 1 else per_draw[:, 0]
-    good = per_example[state == ode.OK]
-    if good.numel() < seen:
+    return summarize(torch.cat(values), torch.cat(errors), torch.cat(nfe), torch.cat(status))
+
+
+def surveyed(model: ScoreModel, divergence: Divergence | None, method: str) -> bool:
+    """Whether the default is to survey the model: its traces are estimated along a trajectory, and it can draw examples."""
+    if method != "decoupled" or model.event_shape is None:
+        return False
+    chosen = default_divergence(math.prod(model.event_shape)) if divergence is None else divergence
+    return not isinstance(chosen, Exact)
+
+
+def summarize(per_draw: Tensor, trace_stderr: Tensor, nfe: Tensor, status: Tensor) -> BitsPerDim:
+    """The result over N >= 1 examples from what was found for each: bounds (N, draws) and the trace's standard errors (N,) in
+    bits/dim, evaluations (N,) and status (N,). Warns where some did not finish."""
+    per_example = per_draw.mean(1) if per_draw.shape[1] > 1 else per_draw[:, 0]
+    good = status == ode.OK
+    unfinished = int((~good).sum())
+    if unfinished:
         warnings.warn(
-            f"{seen - good.numel()} of {seen} examples did not finish (see .status); the mean leaves them out. "
+            f"{unfinished} of {len(status)} examples did not finish (see .status); the mean leaves them out. "
             "Raise max_nfe or loosen rtol and atol.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    stderr = float(good.std() / math.sqrt(good.numel())) if good.numel() > 1 else math.nan
     return BitsPerDim(
-        float(good.mean()) if good.numel() else math.nan,
-        stderr,
+        *mean_and_stderr(per_example[good]),
         per_example,
-        torch.cat(errors),
-        float(torch.cat(nfe).double().mean()),
-        state,
-        _draw_stderr(per_draw[state == ode.OK]),
+        trace_stderr,
+        float(nfe.double().mean()),
+        status,
+        _draw_stderr(per_draw[good]),
         per_draw,
+        nfe,
     )
+
+
+def mean_and_stderr(values: Tensor) -> tuple[float, float]:
+    """Mean of `values` (N,) and its standard error from their scatter; NaN for the mean of none and the error of one."""
+    n = values.numel()
+    mean = float(values.mean()) if n else math.nan
+    return mean, float(values.std() / math.sqrt(n)) if n > 1 else math.nan
+
+
+def estimate_text(per_example: Tensor) -> str:
+    """The running estimate for people: mean +- standard error over the examples (N,) that finished, in bits/dim."""
+    mean, stderr = mean_and_stderr(per_example[~per_example.isnan()])
+    return f"{mean:.3f} +- {stderr:.3f} bits/dim"
 
 
 def _log_weights(
@@ -210,7 +252,8 @@ def _draw_stderr(per_draw: Tensor) -> float:
     return float((per_draw.var(1).sum() / draws).sqrt() / n)
 
 
-def _levels(model: ScoreModel, levels: int | None) -> int:
+def levels_of(model: ScoreModel, levels: int | None) -> int:
+    """The levels of the data: those given, the model's, or 256. `ValueError` where both are given and differ."""
     if levels is None:
         return 256 if model.levels is None else model.levels
     checks.positive_int(levels, "levels")

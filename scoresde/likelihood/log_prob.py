@@ -1,8 +1,10 @@
 r"""Log density by the probability-flow ODE.
 
-Layer 3. $\log p(x_{t_{min}}) = \log\pi(x_1) + $ the change along the flow (`scoresde.likelihood.transport`), with $\pi$ the
-model's density at t = 1: the SDE's prior for a network, the closed form for an exact mixture. The result is the density of
-the model's own marginal at t_min.
+Layer 3. $\log p(x_{t_{min}}) = \log\pi(x_1) + $ the change along the flow, with $\pi$ the model's density at t = 1: the SDE's
+prior for a network, the closed form for an exact mixture. The result is the density of the model's own marginal at t_min.
+
+The change comes from one of two engines: `decoupled`, the trajectory first and its divergence afterwards
+(`scoresde.likelihood.decoupled`), or an embedded Runge-Kutta pair that carries both (`scoresde.likelihood.transport`).
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import ode
+from scoresde import checks, ode
+from scoresde.flow import take_rows
+from scoresde.likelihood.decoupled import Plan
 from scoresde.likelihood.dequantization import warn_if_quantized
-from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson
+from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
+from scoresde.likelihood.refine import Refined, mean_and_error, refined, retraced, tolerance_of
 from scoresde.likelihood.transport import Transport, transport
 from scoresde.model import ScoreModel, check_input
 from scoresde.modes import evaluating
-from scoresde.rng import RandomSource, Seed
+from scoresde.rng import RandomSource, Seed, Streams
 from scoresde.sde import sum_event
 
 PROBES = 1  # the salt of the probes' seed: they must not repeat the noise that a sample was drawn from
-EXACT_UP_TO = 32  # entries of an example up to which the exact trace is the default
+METHODS = ("decoupled", *ode.TABLEAUX)
 
 
 @dataclass
@@ -36,6 +41,10 @@ class LogProb:
     `value` (B,) nats, float64, NaN where an example did not finish; `stderr` (B,) nats, the standard error from the
     trace estimate alone (0 for an exact trace, NaN for a single probe); `latent` (B, *), the example at t = 1; `nfe`
     (B,) evaluations of the network; `status` (B,), 0 where the solve finished (`scoresde.ode.STATUS_TEXT`).
+
+    From the decoupled engine, in nats and NaN elsewhere: `trajectory_error` (B,), what the trajectory's error may have left
+    in the value, and `quadrature_error` (B,), that of integrating the divergence along it (seen with exact traces only).
+    An example of status `MAX_NFE` or `UNRESOLVED` then still has its value, and these say how good it is.
     """
 
     value: Tensor
@@ -43,11 +52,8 @@ class LogProb:
     latent: Tensor
     nfe: Tensor
     status: Tensor
-
-
-def default_divergence(d: int) -> Divergence:
-    """`Exact()` up to 32 dimensions, four Rademacher probes beyond."""
-    return Exact() if d <= EXACT_UP_TO else Hutchinson(4)
+    trajectory_error: Tensor | None = None
+    quadrature_error: Tensor | None = None
 
 
 def log_prob(
@@ -57,40 +63,103 @@ def log_prob(
     divergence: Divergence | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    method: str = "tsit5",
+    method: str = "decoupled",
+    stderr: float | None = None,
+    differentiable: bool = False,
+    plan: Plan | None = None,
     max_nfe: int = 10_000,
     seed: Seed = None,
     cond: Any = None,
 ) -> LogProb:
     """Log density of the model at x (B, *), in nats, by the probability-flow ODE.
 
-    `divergence`: how the trace is taken, `default_divergence` unless given; `rtol`, `atol`: error per step; `method`:
-    "tsit5", "dopri5" or "bosh3"; `max_nfe`: evaluations per example before it stops with a status; `seed`: of the
-    probes, one int or one per example. Raises `ValueError` for NaN in x or a wrong shape, `TypeError` for integer x,
-    `NonFiniteError` (naming t and the examples) for NaN from the network.
+    `divergence`: how the trace is taken, `default_divergence` unless given; `rtol`, `atol`: error per step of the Runge-Kutta
+    methods; `max_nfe`: evaluations per example before it stops with a status; `seed`: of the probes, one int or one per
+    example. `method`:
+
+    * "decoupled": the trajectory by forward evaluations, then the divergence along it with new probes at every point; each
+      example is refined until its estimated error is below 10 (rtol + atol) nats;
+    * "tsit5", "dopri5", "bosh3": both at once, adaptive Runge-Kutta with the probes fixed.
+
+    With "decoupled" also: `stderr`, the standard error in nats that each example's trace estimate has to reach: probes are
+    added until it does, and a warning says where max_nfe forbids it; `differentiable`: `value` and `latent` carry the graph
+    to x and to the parameters (of the discretised value; memory grows with every evaluation); `plan`: where refinement starts,
+    such as `plan_likelihood` returns.
+
+    Raises `ValueError` for NaN in x or a wrong shape, `TypeError` for integer x, `NonFiniteError` (naming t and the
+    examples) for NaN from the network.
     """
     check_input(model, x, cond)
     warn_if_quantized(x, "log_prob")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        checks.positive(value, name)
+    checks.positive_int(max_nfe, "max_nfe")
+    checks.choice(method, METHODS, "method of solution")
+    if stderr is not None:
+        checks.positive(stderr, "stderr")
+    if method != "decoupled" and (stderr is not None or differentiable or plan is not None):
+        raise ValueError(f'stderr=, differentiable= and plan= are for method="decoupled", got method={method!r}.')
+    if differentiable and stderr is not None:
+        raise ValueError(
+            "stderr= adds probes as it goes, which differentiable=True cannot follow; give probes instead."
+        )
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # the state of a solve is float32 at least
-    d = math.prod(x.shape[1:])
-    divergence = default_divergence(d) if divergence is None else divergence
+    divergence = default_divergence(math.prod(x.shape[1:])) if divergence is None else divergence
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {divergence!r}.")
-    probes = divergence.probes(x.shape, x.dtype, RandomSource(seed, x.device, x.shape[0], salt=PROBES))
+    streams = Streams(seed, x.device, x.shape[0], salt=PROBES)
+    options = dict(rtol=rtol, atol=atol, max_nfe=max_nfe)
+    if method != "decoupled":
+        return _coupled(model, x, divergence, streams.source(), cond, method=method, **options)
     with evaluating(model):
-        moved = transport(
+        found = refined(
             model,
             x,
-            model.sde.t_min,
-            1.0,
             divergence,
-            probes,
-            rtol=rtol,
-            atol=atol,
-            method=method,
+            streams,
+            tolerance=tolerance_of(rtol, atol),
+            stderr=stderr,
             max_nfe=max_nfe,
+            plan=plan,
             cond=cond,
         )
+        result = _from_refined(model, found)
+        lost = (~torch.isfinite(found.change)).nonzero().squeeze(1)
+        if len(lost):  # trajectories that ran away on every grid
+            with_steps = _coupled(
+                model, x[lost], divergence, streams.source(lost), take_rows(cond, lost), method="tsit5", **options
+            )
+            for name in ("value", "stderr", "latent", "status"):
+                getattr(result, name)[lost] = getattr(with_steps, name)
+            result.nfe[lost] += with_steps.nfe
+    if differentiable and x.shape[0]:
+        if len(lost):
+            raise ValueError(f"examples {checks.rows_text(lost.tolist())} have no value that could be differentiated.")
+        with evaluating(model, gradients=True):
+            change, result.latent = retraced(model, x, divergence, streams, found, cond)
+            result.value = model.terminal_log_prob(result.latent) + change
+    return result
+
+
+def _from_refined(model: ScoreModel, found: Refined) -> LogProb:
+    return LogProb(
+        model.terminal_log_prob(found.latent) + found.change,
+        found.stderr,
+        found.latent,
+        found.nfe,
+        found.status,
+        found.trajectory,
+        found.quadrature,
+    )
+
+
+def _coupled(
+    model: ScoreModel, x: Tensor, divergence: Divergence, source: RandomSource, cond: Any, **options: Any
+) -> LogProb:
+    """By one adaptive solve of the trajectory and the divergence."""
+    probes = divergence.probes(x.shape, x.dtype, source)
+    with evaluating(model):
+        moved = transport(model, x, model.sde.t_min, 1.0, divergence, probes, cond=cond, **options)
     return from_transport(model.terminal_log_prob(moved.x), -moved.change, moved, moved.x, divergence)
 
 
@@ -142,11 +211,13 @@ def generate(
 def from_transport(start: Tensor, change: Tensor, moved: Transport, latent: Tensor, divergence: Divergence) -> LogProb:
     """Log densities from the known density `start` (B,) and the estimates `change` (B, k) of what is added to it."""
     done = moved.status == ode.OK
-    value = torch.where(done, start + change.mean(1), torch.nan)
-    if isinstance(divergence, Exact):
-        stderr = torch.zeros_like(value)
-    elif change.shape[1] > 1:
-        stderr = change.std(1) / math.sqrt(change.shape[1])
-    else:
-        stderr = torch.full_like(value, torch.nan)
-    return LogProb(value, torch.where(done, stderr, torch.nan), latent, moved.nfe, moved.status)
+    mean, error = mean_and_error(change, isinstance(divergence, Exact))
+    return LogProb(
+        torch.where(done, start + mean, torch.nan),
+        torch.where(done, error, torch.nan),
+        latent,
+        moved.nfe,
+        moved.status,
+        torch.full_like(mean, torch.nan),
+        torch.full_like(mean, torch.nan),
+    )

@@ -24,12 +24,13 @@ from scoresde.ode.tableaux import TABLEAUX, Tableau
 # (t (A,), y (A, *), rows (A,)) -> (dy/dt (A, *), dq/dt (A, m) or None), for the A examples still running
 RightHandSide: TypeAlias = "Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]"
 
-OK, MAX_NFE, STEP_TOO_SMALL, NOT_FINITE = range(4)
+OK, MAX_NFE, STEP_TOO_SMALL, NOT_FINITE, UNRESOLVED = range(5)
 STATUS_TEXT = {
     OK: "finished",
     MAX_NFE: "stopped at max_nfe evaluations",
     STEP_TOO_SMALL: "the step size fell below the resolution of time",
     NOT_FINITE: "the right-hand side returned NaN or infinity",
+    UNRESOLVED: "the finest grid left an error above the tolerance",
 }
 
 

@@ -1,0 +1,228 @@
+r"""The trajectory of the probability flow as a curve that can be read anywhere, from forward evaluations alone.
+
+Layer 3. On the angle path (`scoresde.flow`), $du/d\theta = f(u, \theta)$ is sampled at n nodes, equally spaced in
+
+$$s(\theta) = \mathrm{asinh}\frac{\tan(\theta/2)}{a} - \mathrm{asinh}\frac{\tan((\pi/2 - \theta)/2)}{b},$$
+
+which resolves angles down to a at the data's end and b at the noise's, and is smooth in between. An Adams method in s, its
+order growing from 1 and with one evaluation per node (predict, evaluate, correct), visits the nodes; the first few are
+visited again once their slopes are known, because a start of low order would be felt to the end. The slopes, interpolated by
+polynomials of the next nodes, then give the curve U(s) and its derivative at any s: two fixed matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scoresde.bound import BoundNet
+from scoresde.flow import AnglePath
+from scoresde.model import ScoreModel
+
+Array = NDArray[np.float64]
+
+ORDER = 4  # of the Adams method
+DENSE = 5  # degree of the polynomials that interpolate the slopes
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The variable s(theta) with resolutions `a` and `b` (radians) at the ends theta = 0 and pi/2."""
+
+    a: float
+    b: float
+
+    def __call__(self, theta: Array) -> Array:
+        """s(theta), increasing."""
+        return np.arcsinh(np.tan(theta / 2) / self.a) - np.arcsinh(np.tan((np.pi / 2 - theta) / 2) / self.b)
+
+    def slope(self, theta: Array) -> Array:
+        """ds/dtheta."""
+        x, y = np.tan(theta / 2), np.tan((np.pi / 2 - theta) / 2)
+        return 0.5 * (1 + x * x) / np.hypot(self.a, x) + 0.5 * (1 + y * y) / np.hypot(self.b, y)
+
+    def inverse(self, s: Array, low: float, high: float) -> Array:
+        """theta(s) within [low, high], by bisection to the last digit."""
+        low, high = np.full_like(s, low), np.full_like(s, high)
+        for _ in range(64):
+            middle = 0.5 * (low + high)
+            below = self(middle) < s
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return 0.5 * (low + high)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Angles theta (N,) between the ends of a solve, with the weights dtheta that a sum over them takes."""
+
+    theta: Array
+    weights: Array
+
+
+def equispaced(stretch: Stretch, low: float, high: float, n: int) -> tuple[Array, float]:
+    """n angles equally spaced in s from low to high, and their spacing."""
+    ends = stretch(np.array([low, high]))
+    theta = stretch.inverse(np.linspace(*ends, n), low, high)
+    theta[0], theta[-1] = low, high
+    return theta, float(ends[1] - ends[0]) / (n - 1)
+
+
+def gauss_legendre(stretch: Stretch, low: float, high: float, points: int) -> Grid:
+    """Nodes and weights (for d theta) of the Gauss-Legendre rule in s."""
+    ends = stretch(np.array([low, high]))
+    z, w = np.polynomial.legendre.leggauss(points)
+    half = 0.5 * float(ends[1] - ends[0])
+    theta = stretch.inverse(half * (z + 1) + ends[0], low, high)
+    return Grid(theta, half * w / stretch.slope(theta))
+
+
+class Field:
+    """f = du/dtheta of a model at known angles, the same for all examples of a batch u (B, *).
+
+    For a plain network f = P u + R F with its raw output F(S u): `moving` is F alone, so that a trace has to be taken of
+    nothing else. Other models give f itself (P = 0, R = 1).
+    """
+
+    def __init__(
+        self, model: ScoreModel, path: AnglePath, u: Tensor, theta: Array, ends: tuple[float, float], cond: Any
+    ):
+        self.model, self.path, self.ends, self.cond = model, path, ends, cond
+        angles = torch.from_numpy(np.ascontiguousarray(theta))
+        times = path.time(angles, *ends)
+        self.times = times.tolist()
+        self.angles = angles.to(u.device)
+        bound = model.bound(u, times)
+        self.bound = bound if isinstance(bound, BoundNet) else None
+        self.p, self.r, self.scale = [0.0] * len(theta), [1.0] * len(theta), [1.0] * len(theta)
+        if self.bound is not None:
+            a, b, c, e = self.bound.affine(times)
+            cosine, sine, scale = torch.cos(angles), torch.sin(angles) / path.c, path.scale(times)
+            self.p = (scale * (cosine * c - sine * a)).tolist()
+            self.r = (cosine * e - sine * b).tolist()
+            self.scale = scale.tolist()
+
+    def moving(self, u: Tensor, j: int) -> Tensor:
+        """The part of f at node j that is not linear in u."""
+        if self.bound is not None:
+            return self.bound.output(u * self.scale[j], self.times[j], self.cond)
+        return self.path.velocity(self.model, u, self.angles[j].expand(u.shape[0]), self.ends, self.cond)
+
+    def __call__(self, u: Tensor, j: int) -> Tensor:
+        """f(u, theta_j), one evaluation of the model."""
+        return self.whole(u, self.moving(u, j), j)
+
+    def whole(self, u: Tensor, moving: Tensor, j: int) -> Tensor:
+        """f from its moving part."""
+        return moving if self.bound is None else u * self.p[j] + moving * self.r[j]
+
+
+@dataclass
+class Curve:
+    """Slopes dU/dnode (n, B, *) at the nodes of `stretch`, from u (B, *) at angle `low` to `high`."""
+
+    stretch: Stretch
+    low: float
+    high: float
+    u: Tensor
+    slopes: Tensor
+
+    def at(self, theta: Array) -> tuple[Tensor, Tensor]:
+        """Matrices (N, n) that give U - u and dU/dtheta at the angles when multiplied with the slopes."""
+        n = self.slopes.shape[0]
+        _, spacing = equispaced(self.stretch, self.low, self.high, n)
+        position = (self.stretch(theta) - float(self.stretch(np.array([self.low]))[0])) / spacing
+        value, slope = dense(n, DENSE, tuple(position.tolist()))
+        rate = self.stretch.slope(theta) / spacing
+        return self._matrix(value), self._matrix(slope * rate[:, None])
+
+    def _matrix(self, m: Array) -> Tensor:
+        return torch.from_numpy(m).to(self.u.device, self.u.dtype)
+
+    @property
+    def end(self) -> Tensor:
+        """U at `high`."""
+        n = self.slopes.shape[0]
+        return self.u + torch.tensordot(self._matrix(dense(n, DENSE, (n - 1.0,))[0])[0], self.slopes, 1)
+
+
+def trace_curve(field: Field, stretch: Stretch, u: Tensor, theta: Array, spacing: float) -> Curve:
+    """Follow the flow from u (B, *) through the angles theta (n,), equally spaced in s: `evaluations(n)` in all."""
+    rates = (spacing / stretch.slope(theta)).tolist()
+    slopes = [field(u, 0) * rates[0]]
+    state = u
+    for i in range(1, len(theta)):
+        if (
+            i == ORDER
+        ):  # the first steps were of low order: the slopes they found, all together, place their nodes better
+            weights = [_integrals(tuple(map(float, range(ORDER))), float(k)).tolist() for k in range(ORDER)]
+            slopes[1:] = [field(_add(u, slopes, weights[k]), k) * rates[k] for k in range(1, ORDER)]
+            state = _add(u, slopes, weights[-1])
+        order = min(i, ORDER)
+        guess = _add(state, slopes[-order:], _adams(order, 0))
+        slopes.append(field(guess, i) * rates[i])
+        state = _add(state, slopes[-order:], _adams(order, 1))
+    return Curve(stretch, float(theta[0]), float(theta[-1]), u, torch.stack(slopes))
+
+
+def evaluations(nodes: int) -> int:
+    """How many evaluations `trace_curve` takes."""
+    return nodes + (ORDER - 1 if nodes > ORDER else 0)
+
+
+def _add(state: Tensor, slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    for slope, w in zip(slopes, weights, strict=True):
+        state = torch.add(state, slope, alpha=w)
+    return state
+
+
+@functools.lru_cache(maxsize=64)
+def _adams(order: int, implicit: int) -> tuple[float, ...]:
+    """Weights of the last `order` slopes in a unit step: Bashforth (the last node begins the step) or Moulton (it ends it)."""
+    nodes = tuple(float(implicit - order + 1 + i) for i in range(order))
+    return tuple(_integrals(nodes, 1.0).tolist())
+
+
+def _integrals(nodes: tuple[float, ...], to: float) -> Array:
+    """Integrals from 0 to `to` of the Lagrange polynomials of the nodes."""
+    powers = np.array([to ** (i + 1) / (i + 1) for i in range(len(nodes))])
+    return powers @ np.linalg.inv(np.vander(np.array(nodes), increasing=True))
+
+
+def _values(nodes: tuple[float, ...], at: float) -> Array:
+    """The Lagrange polynomials of the nodes at a point."""
+    return at ** np.arange(len(nodes)) @ np.linalg.inv(np.vander(np.array(nodes), increasing=True))
+
+
+@functools.lru_cache(maxsize=256)
+def dense(n: int, degree: int, at: tuple[float, ...]) -> tuple[Array, Array]:
+    """Matrices (N, n): the integral from node 0 to each position, and the value there, of the interpolated slopes.
+
+    Between two nodes the polynomial of `degree` through the nearest degree + 1 nodes is taken; positions count nodes.
+    """
+    width = min(degree + 1, n)
+
+    def stencil(i: int) -> tuple[int, tuple[float, ...]]:
+        first = min(max(i - (width - 1) // 2, 0), n - width)
+        return first, tuple(float(first - i + k) for k in range(width))
+
+    whole = np.zeros((n, n))
+    for i in range(n - 1):
+        first, nodes = stencil(i)
+        whole[i + 1] = whole[i]
+        whole[i + 1, first : first + width] += _integrals(nodes, 1.0)
+    integral, value = np.zeros((len(at), n)), np.zeros((len(at), n))
+    for k, position in enumerate(at):
+        i = min(max(math.floor(position), 0), n - 2)
+        first, nodes = stencil(i)
+        integral[k] = whole[i]
+        integral[k, first : first + width] += _integrals(nodes, position - i)
+        value[k, first : first + width] = _values(nodes, position - i)
+    return integral, value

@@ -1,0 +1,179 @@
+r"""Log densities with the trajectory and its divergence computed apart.
+
+Layer 3. A solve that carries the trace along needs its probes fixed, and one probe's error dwarfs that of the solver. Here the
+trajectory is solved first, by forward evaluations alone (`scoresde.likelihood.curve`), and the divergence is integrated along
+it afterwards, by Gauss-Legendre quadrature with new probes at every node, whose errors average out. For *any* smooth curve U,
+solution or not,
+
+$$\log p_{low}(U_{low}) = \log p_{high}(U_{high}) + \int \left[\mathrm{tr}\frac{\partial f}{\partial u}(U)
+  + g(U)\cdot(f(U) - U')\right] d\theta, \qquad g = \nabla_u \log p_\theta = -\hat\epsilon/\sin\theta,$$
+
+because $\partial_\theta \log p = -\nabla\cdot(p f)/p$. The first term is the instantaneous change of variables (Chen et al. 2018,
+theorem 1), which is all there is on a solution; the second takes away, to first order and from numbers that are at hand, what the
+trajectory's own error does to the value. With a network's score for g what remains is of second order, or as small as
+the network's score is near the gradient of its flow's density.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoresde import checks
+from scoresde.flow import AnglePath, take_rows
+from scoresde.likelihood.curve import Array, Field, Grid, Stretch, equispaced, evaluations, gauss_legendre, trace_curve
+from scoresde.likelihood.divergence import Divergence, Exact
+from scoresde.model import ScoreModel
+from scoresde.rng import RandomSource
+from scoresde.sde import sum_event
+
+RUNAWAY = 1e4  # a slope of this size, where states have unit variance, is the solver's doing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a decoupled solve looks: `nodes` of the trajectory, equally spaced in `stretch`, and `points` of the quadrature, a
+    Gauss-Legendre rule in `measure`; `quadrature_error`, the rule's own error in nats where a survey measured it."""
+
+    stretch: Stretch
+    nodes: int
+    measure: Stretch
+    points: int
+    quadrature_error: float = math.nan
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "points"):
+            if checks.positive_int(getattr(self, name), name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the network per example, each of the points' with vector-Jacobian products."""
+        return evaluations(self.nodes) + self.points
+
+    def finer(self, nodes: float, points: float) -> Plan:
+        """That many times as many of each."""
+        return Plan(self.stretch, math.ceil(nodes * self.nodes), self.measure, math.ceil(points * self.points))
+
+
+class Followed:
+    """The trajectories of x (B, *) under a plan, along which divergences can be integrated as often as need be.
+
+    `latent` (B, *), where they end. Raises `NonFiniteError`, naming t and the examples,
+    for NaN from the network.
+    """
+
+    def __init__(self, model: ScoreModel, x: Tensor, plan: Plan, cond: Any = None):
+        self.model, self.plan, self.cond = model, plan, cond
+        self.path, self.d = AnglePath(model.sde, model.sigma_data), math.prod(x.shape[1:])
+        self.ends = (model.sde.t_min, model.flow_end)
+        self.low, self.high = (float(self.path.angle(t)) for t in self.ends)
+        small, large = (float(self.path.scale(t)) for t in self.ends)
+        self.growth = self.d * math.log(large / small)
+        self.u = x / small
+        theta, spacing = equispaced(plan.stretch, self.low, self.high, plan.nodes)
+        field = Field(model, self.path, self.u, theta, self.ends, cond)
+        self.curve = trace_curve(field, plan.stretch, self.u, theta, spacing)
+        self.latent = self.curve.end * large
+        _raise_if_broken(self.curve.slopes.flatten(2).abs().amax(2) if self.d else None, field)
+
+    def part(self, rows: Tensor) -> Followed:
+        """The same trajectories, of the chosen examples only."""
+        chosen = copy.copy(self)
+        chosen.u, chosen.latent, chosen.cond = self.u[rows], self.latent[rows], take_rows(self.cond, rows)
+        chosen.curve = dataclasses.replace(self.curve, u=chosen.u, slopes=self.curve.slopes[:, rows])
+        return chosen
+
+    def integrate(
+        self, divergence: Divergence, source: RandomSource, first: int = 0, differentiable: bool = False
+    ) -> Integral:
+        """The log density's change along the curve, by plan.points evaluations with probes from `source`.
+
+        `first`: how many points earlier rounds have visited, so that a walk through orthogonal probes goes on where it was.
+        """
+        rule, trace, pull = self.integrand(divergence, source, first, differentiable)
+        weights = torch.from_numpy(rule.weights).to(self.u.device)
+        change = torch.tensordot(weights, trace, 1) + torch.tensordot(weights, pull, 1)[:, None]
+        defect = torch.tensordot(weights, pull.detach().abs(), 1)
+        quadrature = torch.full_like(defect, self.plan.quadrature_error)
+        if isinstance(divergence, Exact):
+            quadrature = rule_error(trace[:, :, 0] + pull, rule, self.plan.measure)
+        return Integral(change + self.growth, self.model.flow_mismatch * defect, quadrature)
+
+    def integrand(
+        self, divergence: Divergence, source: RandomSource, first: int = 0, differentiable: bool = False
+    ) -> tuple[Grid, Tensor, Tensor]:
+        """The rule, and at its points (Q, B, k) estimates of tr df/du and (Q, B) the correction g . (f - U')."""
+        walk = divergence.walk(self.u.shape, self.u.dtype, source)
+        rule = gauss_legendre(self.plan.measure, self.low, self.high, self.plan.points)
+        places, rates = self.curve.at(rule.theta)
+        field = Field(self.model, self.path, self.u, rule.theta, self.ends, self.cond)
+        traces, pulls = [], []
+        for j, angle in enumerate(rule.theta.tolist()):
+            state = self.u + torch.tensordot(places[j], self.curve.slopes, 1)
+            slope = torch.tensordot(rates[j], self.curve.slopes, 1)
+            moving, trace = divergence(functools.partial(field.moving, j=j), state, walk(first + j), differentiable)
+            f = field.whole(state, moving, j)
+            traces.append(field.p[j] * self.d + field.r[j] * trace)
+            gradient = -(state + f / math.tan(angle))
+            pulls.append(sum_event(gradient.double() * (f - slope).double()))
+        trace, pull = torch.stack(traces), torch.stack(pulls)
+        _raise_if_broken(pull.detach().abs(), field)
+        return rule, trace, pull
+
+
+class Integral(NamedTuple):
+    """`change` (B, k), k estimates of log p(start) - log p(end) in nats; `trajectory` (B,), what the trajectory's error may have
+    left in it: the size of the correction times the model's `flow_mismatch`; `quadrature` (B,), the rule's own error, which only
+    exact traces show; the plan's for estimated ones, NaN where it has none."""
+
+    change: Tensor
+    trajectory: Tensor
+    quadrature: Tensor
+
+
+def rule_error(integrand: Tensor, rule: Grid, stretch: Stretch) -> Tensor:
+    """Estimated error (B,) of a Gauss-Legendre rule from its integrand (Q, B) with respect to theta.
+
+    The integrand's Legendre coefficients in s decay geometrically where it is smooth, and the rule is exact up to degree
+    2Q - 1: with the last coefficients of size q and the largest p, its error is of the size q^2/p.
+    """
+    per_s = integrand.detach() * torch.from_numpy(1 / stretch.slope(rule.theta)).to(integrand.device)[:, None]
+    length = float((rule.weights * stretch.slope(rule.theta)).sum())
+    size = (torch.from_numpy(legendre(len(rule.theta))).to(integrand.device) @ per_s).abs()
+    tail, top = size[-4:].amax(0), size.amax(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return length * tail * (tail / top)
+
+
+@functools.lru_cache(maxsize=64)
+def legendre(points: int) -> Array:
+    """Matrix from values at Gauss-Legendre nodes to the coefficients of P_0 .. P_{points-1}."""
+    z, w = np.polynomial.legendre.leggauss(points)
+    return (np.polynomial.legendre.legvander(z, points - 1) * w[:, None]).T * (np.arange(points) + 0.5)[:, None]
+
+
+def _raise_if_broken(size: Tensor | None, field: Field) -> None:
+    """`NonFiniteError` where a finite state met NaN or infinity from the network; `size` (N, B) of what came at each place.
+
+    Trajectories that ran away first (a grid too coarse for a stiff network) are left to be refined.
+    """
+    if size is None or not size.numel() or bool(torch.isfinite(size).all()):
+        return
+    bad = ~torch.isfinite(size)
+    first = bad.double().argmax(0)
+    before = size.gather(0, (first - 1).clamp_min(0)[None])[0]
+    broken = bad.any(0) & ((first == 0) | (before < RUNAWAY))
+    rows = broken.nonzero().flatten().tolist()
+    if rows:
+        raise checks.NonFiniteError(
+            f"the network returned NaN or infinity at t = {field.times[int(first[rows[0]])]:.6g} (evaluation "
+            f"{int(first[rows[0]])}), examples {checks.rows_text(rows)}. Check the network's output at that t."
+        )

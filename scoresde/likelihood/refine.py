@@ -1,0 +1,210 @@
+"""Decoupled solves, refined example by example until their errors are small enough.
+
+Layer 3. The grids of a pass are the same for all examples, so a pass needs no look at its numbers while it runs. After it every
+example has an error of its own: those above the tolerance go through a finer pass, whatever their batch-mates do, so an
+example's result does not depend on its batch. With estimated traces, further rounds of probes run along the same trajectories.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import ode
+from scoresde.bound import network_dtype
+from scoresde.flow import take_rows
+from scoresde.likelihood.curve import Stretch
+from scoresde.likelihood.decoupled import Followed, Integral, Plan
+from scoresde.likelihood.divergence import Divergence, Exact
+from scoresde.model import ScoreModel
+from scoresde.rng import Streams
+
+NATS = 10.0
+PASSES = 7  # the last one has GROWTH^6, some eleven times, the evaluations of the first
+GROWTH = 1.5
+BLUR = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
+MEASURE = Stretch(0.03, 0.3)  # of estimated traces: places them about evenly in what their probes' noise contributes
+NODES = 36  # of the trajectory, where each point of the quadrature costs many products
+LEAST = 4  # independent estimates of the trace before their scatter is believed
+
+
+@dataclass
+class Refined:
+    """Per example: `change` (B,), the mean estimate of log p(start) - log p(end); `stderr` of it from the trace; `trajectory` and
+    `quadrature`, what these two may have left in it, nats; `latent` (B, *); `nfe`; `status`; `level` (B,), which of `plans` it
+    ended with."""
+
+    change: Tensor
+    stderr: Tensor
+    trajectory: Tensor
+    quadrature: Tensor
+    latent: Tensor
+    nfe: Tensor
+    status: Tensor
+    level: Tensor
+    plans: list[Plan]
+
+    @classmethod
+    def empty(cls, x: Tensor) -> Refined:
+        """For the examples x (B, *), nothing known yet."""
+        nan = torch.full((x.shape[0],), math.nan, dtype=torch.float64, device=x.device)
+        whole = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        return cls(*(nan.clone() for _ in range(4)), torch.zeros_like(x), *(whole.clone() for _ in range(3)), [])
+
+    def put(self, rows: Tensor, **values: Tensor) -> None:
+        """Write values of some rows."""
+        for name, value in values.items():
+            getattr(self, name)[rows] = value
+
+
+def tolerance_of(rtol: float, atol: float) -> float:
+    """The error in nats per example that tolerances of a solver stand for."""
+    return NATS * (rtol + atol)
+
+
+def default_plan(model: ScoreModel, tolerance: float, exact: bool) -> Plan:
+    """Where refinement starts, by the tolerance in nats.
+
+    With an exact trace as many nodes as points, so many that some four of five examples need no second pass (found on
+    mixtures and on a learned network in 2D). An estimated trace costs many products a point and has noise that hides
+    small errors: the points are few, the nodes many.
+    """
+    stretch, digits = Stretch(*model.flow_scales), max(1.0, -math.log10(tolerance))
+    if not exact:
+        return Plan(stretch, NODES, MEASURE, 24)
+    smooth = model.flow_mismatch < 0.05
+    points = round(12 + 9 * digits if smooth else 16 + 12 * digits)
+    return Plan(stretch, round(0.8 * points) if smooth else points, Stretch(*model.trace_scales), points)
+
+
+def refined(
+    model: ScoreModel,
+    x: Tensor,
+    divergence: Divergence,
+    streams: Streams,
+    *,
+    tolerance: float,
+    stderr: float | None,
+    max_nfe: int,
+    plan: Plan | None,
+    cond: Any,
+) -> Refined:
+    """The change of log density along the flow of x (B, *), each example to `tolerance` nats, and to `stderr` where given.
+
+    With estimated traces the solver's own error is not held below `BLUR` sqrt(d) nats, or a third of `stderr`.
+    """
+    exact = isinstance(divergence, Exact)
+    floor, out = _floor(model, x), Refined.empty(x)
+    if not x.shape[0]:
+        return out
+    rows = torch.arange(x.shape[0], device=x.device)
+    before = torch.full_like(out.change, math.inf)
+    goal = tolerance
+    if not exact:
+        blur = BLUR * math.sqrt(x[0].numel())
+        goal = max(tolerance, blur if stderr is None else min(blur, stderr / 3))
+    here = _within(plan or default_plan(model, tolerance, exact), max_nfe)
+    for level in range(PASSES):
+        out.plans.append(here)
+        followed = Followed(model, x[rows], here, take_rows(cond, rows))
+        integral = followed.integrate(divergence, streams.source(rows, *([level] if level else [])))
+        mean, error = mean_and_error(integral.change, exact)
+        out.nfe[rows] += here.nfe
+        out.put(rows, change=mean, stderr=error, latent=followed.latent, level=torch.full_like(rows, level))
+        out.put(rows, trajectory=integral.trajectory, quadrature=integral.quadrature)
+        solver = integral.trajectory + (integral.quadrature if exact else 0.0)
+        stalled = (solver > 0.5 * before) & (solver < floor)  # rounding: more evaluations would not help
+        failed = ~(torch.isfinite(mean) & ((solver <= goal) | stalled))
+        if stderr is not None and not exact:
+            _more_rounds(out, followed, integral, rows, ~failed, divergence, streams, (level, stderr, max_nfe))
+        rows, before, here = rows[failed], solver[failed], here.finer(GROWTH, GROWTH)
+        if not len(rows):
+            return out
+        if int(out.nfe[rows].max()) + here.nfe > max_nfe:
+            out.status[rows] = ode.MAX_NFE
+            return out
+    out.status[rows] = ode.UNRESOLVED
+    return out
+
+
+def _more_rounds(
+    out: Refined,
+    followed: Followed,
+    first: Integral,
+    rows: Tensor,
+    chosen: Tensor,
+    divergence: Divergence,
+    streams: Streams,
+    limits: tuple[int, float, int],
+) -> None:
+    """Rounds of new probes along the same trajectories, until each of the chosen examples has its standard error.
+
+    The estimates are independent, so their scatter gives the error; a few can agree by accident, so `LEAST` are asked for, and
+    what they show is raised by the spread of such a scatter before it is compared.
+    """
+    level, goal, max_nfe = limits
+    points = followed.plan.points
+    index = chosen.nonzero().squeeze(1)
+    estimates = first.change[index]
+    for number in range(1, max_nfe):
+        mean, error = mean_and_error(estimates, exact=False)
+        out.put(rows[index], change=mean, stderr=error)
+        k = estimates.shape[1]
+        short = ~(error * math.sqrt((k + 1) / max(k - 1, 1)) <= goal) if k >= LEAST else torch.ones_like(index).bool()
+        within = out.nfe[rows[index]] + points <= max_nfe
+        if bool((short & ~within & (error > goal)).any()):
+            left = int((short & ~within & (error > goal)).sum())
+            warnings.warn(
+                f"{left} of {len(index)} examples did not reach stderr={goal:g} nats within max_nfe={max_nfe} evaluations (largest "
+                f"{float(error.nan_to_num().max()):.3g}); raise max_nfe, or give divergence= more probes.",
+                stacklevel=5,
+            )
+        index, estimates = index[short & within], estimates[short & within]
+        if not len(index):
+            return
+        source = streams.source(rows[index], level, number)
+        more = followed.part(index).integrate(divergence, source, first=number * points)
+        estimates = torch.cat([estimates, more.change], 1)
+        out.nfe[rows[index]] += points
+
+
+def retraced(
+    model: ScoreModel, x: Tensor, divergence: Divergence, streams: Streams, found: Refined, cond: Any
+) -> tuple[Tensor, Tensor]:
+    """(change (B,), latent (B, *)) once more with the grids that `found` ended with, and with the graph to x and the parameters."""
+    parts, latents, order = [], [], []
+    for level, plan in enumerate(found.plans):
+        rows = (found.level == level).nonzero().squeeze(1)
+        if len(rows):
+            followed = Followed(model, x[rows], plan, take_rows(cond, rows))
+            source = streams.source(rows, *([level] if level else []))
+            parts.append(followed.integrate(divergence, source, differentiable=True).change.mean(1))
+            latents.append(followed.latent)
+            order.append(rows)
+    back = torch.cat(order).argsort()
+    return torch.cat(parts)[back], torch.cat(latents)[back]
+
+
+def _within(plan: Plan, max_nfe: int) -> Plan:
+    """The plan, thinned to a budget of evaluations."""
+    share = min(1.0, max_nfe / plan.nfe)
+    return Plan(plan.stretch, max(2, int(plan.nodes * share)), plan.measure, max(2, int(plan.points * share)))
+
+
+def _floor(model: ScoreModel, x: Tensor) -> float:
+    """Nats below which an error that refinement does not reduce is taken for rounding."""
+    eps = max(torch.finfo(v).eps for v in (network_dtype(model, x), x.dtype))
+    return 50 * math.sqrt(eps)
+
+
+def mean_and_error(estimates: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Mean (B,) of independent estimates (B, k) and its standard error: 0 for exact ones, NaN for a single one."""
+    mean, k = estimates.mean(1), estimates.shape[1]
+    if exact:
+        return mean, torch.zeros_like(mean)
+    return mean, estimates.std(1) / math.sqrt(k) if k > 1 else torch.full_like(mean, math.nan)
