@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import scoresde
-from scoresde import CosineSDE, Hutchinson, QuantizedScoreNet, bits_per_dim, store
+from scoresde import CosineSDE, Hadamard, QuantizedScoreNet, bits_per_dim, store
 from scoresde.cli import bpd
 from scoresde.cli import main as entry
 from scoresde.data import Images, digits
@@ -49,7 +49,7 @@ def truth(model_path):
     return bits_per_dim(
         store.load_model(model_path),
         digits("test").values[:N],
-        divergence=Hutchinson(PROBES),
+        divergence=Hadamard(PROBES, 2),
         rtol=RTOL,
         atol=RTOL,
         batch_size=BATCH,
@@ -185,7 +185,7 @@ def test_the_running_estimate(capsys, model_path, truth, tmp_path, computed):
 
 def test_the_library_shows_the_same_estimate(capsys, model_path, truth):
     """`bits_per_dim(progress=True)` as well."""
-    options = dict(divergence=Hutchinson(PROBES), rtol=RTOL, atol=RTOL, batch_size=4, progress=True)
+    options = dict(divergence=Hadamard(PROBES, 2), rtol=RTOL, atol=RTOL, batch_size=4, progress=True)
     got = bits_per_dim(store.load_model(model_path), digits("test").values[:N], **options)
     assert f"{got.mean:.3f} +- {got.stderr:.3f} bits/dim" in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_the_library_shows_the_same_estimate(capsys, model_path, truth):
 def test_a_part_of_the_data_draws_as_in_the_whole(model_path, truth):
     """first=4: images 4, 5, 6 of the whole; an index below 0 is refused."""
     model, data = store.load_model(model_path), digits("test").values[:N]
-    options = dict(divergence=Hutchinson(PROBES), rtol=RTOL, atol=RTOL, batch_size=BATCH)
+    options = dict(divergence=Hadamard(PROBES, 2), rtol=RTOL, atol=RTOL, batch_size=BATCH)
     assert torch.equal(bits_per_dim(model, data[4:], first=4, **options).per_example, truth.per_example[4:])
     assert not torch.equal(bits_per_dim(model, data[4:], **options).per_example, truth.per_example[4:])
     for first in (-1, 1.5, True):
@@ -229,7 +229,7 @@ def test_seed_samples_draws_and_dequantization(capsys, model_path, tmp_path):
         samples=2,
         draws=2,
         seed=3,
-        divergence=Hutchinson(PROBES),
+        divergence=Hadamard(PROBES, 2),
         rtol=RTOL,
         atol=RTOL,
         batch_size=BATCH,
@@ -302,7 +302,7 @@ def test_resume_after_a_kill(capsys, model_path, tmp_path, computed):
     expected = bits_per_dim(
         store.load_model(model_path),
         digits("test").values[:images],
-        divergence=Hutchinson(PROBES),
+        divergence=Hadamard(PROBES, 2),
         rtol=RTOL,
         atol=RTOL,
         batch_size=BATCH,

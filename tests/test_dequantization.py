@@ -310,18 +310,17 @@ def images(image16):
 def test_the_default_is_to_the_bit_what_one_solve_gives(image16, images):
     """One uniform draw from (seed, i, 1), probes from (seed, i, 2), the Jacobian: nothing else has a part in it."""
     model = image16.diffuse(VPSDE())
-    got = bits_per_dim(model, images, seed=7, divergence=Hutchinson(2), rtol=1e-2, atol=1e-2)
+    how = dict(divergence=Hutchinson(2), rtol=1e-2, atol=1e-2, plan=None)
+    got = bits_per_dim(model, images, seed=7, **how)
     seeds = spawn(7, 9)
     u = RandomSource([derive(s, 1) for s in seeds], "cpu", 9).uniform(images.shape, torch.float32)
     x = dequantize(images, 256, (-1.0, 1.0), u)
-    r = log_prob(model, x, divergence=Hutchinson(2), rtol=1e-2, atol=1e-2, seed=[derive(s, 2) for s in seeds])
+    r = log_prob(model, x, seed=[derive(s, 2) for s in seeds], **how)
     assert torch.equal(got.per_example, -(r.value + 16 * math.log(2 / 256)) / (16 * LOG2))
     assert torch.equal(got.trace_stderr, r.stderr / (16 * LOG2))
     assert torch.equal(got.per_draw[:, 0], got.per_example)
     assert math.isnan(got.draw_stderr)
-    same = bits_per_dim(
-        model, images, seed=7, divergence=Hutchinson(2), rtol=1e-2, atol=1e-2, dequantization=UniformDequantizer(256)
-    )
+    same = bits_per_dim(model, images, seed=7, dequantization=UniformDequantizer(256), **how)
     assert torch.equal(got.per_example, same.per_example)
 
 

@@ -13,6 +13,7 @@ from scoresde import (
     Divergence,
     Exact,
     GaussianMixture,
+    Hadamard,
     Hutchinson,
     NonFiniteError,
     RectifiedFlow,
@@ -214,10 +215,10 @@ def test_hutchinson_divergence(distribution):
 
 
 def test_default_divergence():
-    """Exact in small dimensions, four probes beyond."""
+    """Exact in small dimensions, two sign vectors with four orthogonal probes each beyond."""
     assert isinstance(default_divergence(32), Exact)
-    assert isinstance(default_divergence(33), Hutchinson)
-    assert default_divergence(33).count == 4
+    assert isinstance(default_divergence(33), Hadamard)
+    assert (default_divergence(33).count, default_divergence(33).replicates) == (8, 2)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_seeds_of_the_probes(image16):
 
 
 def test_probes_are_drawn_once(ring8):
-    """Every evaluation of a solve sees the same probes for the same example, also after others have finished."""
+    """Every evaluation of a coupled solve sees the same probes for the same example, also after others have finished."""
     seen = {}
 
     class Watching(Hutchinson):
@@ -272,7 +273,9 @@ def test_probes_are_drawn_once(ring8):
                 seen[tuple(row.flatten().tolist())] += 1
             return super().__call__(velocity, u, probes)
 
-    got = log_prob(ring8.diffuse(VPSDE()), ring8.sample(4, seed=0), divergence=Watching(2, "gaussian"), seed=0)
+    got = log_prob(
+        ring8.diffuse(VPSDE()), ring8.sample(4, seed=0), divergence=Watching(2, "gaussian"), seed=0, method="tsit5"
+    )
     assert sorted(seen.values()) == sorted(got.nfe.tolist())
 
 
@@ -439,12 +442,16 @@ def test_bits_per_dim_refuses(image16, pixels):
 
 
 def test_unfinished_examples_are_flagged(image16, pixels, ring8):
-    """max_nfe leaves NaN and a status, and bits/dim warns and leaves them out of the mean."""
-    model = ring8.diffuse(VPSDE())
-    got = log_prob(model, ring8.sample(3, seed=0), max_nfe=20)
+    """max_nfe leaves a status, and NaN or what was found with its error; bits/dim warns and leaves them out of the mean."""
+    model, x = ring8.diffuse(VPSDE()), ring8.sample(3, seed=0)
+    got = log_prob(model, x, max_nfe=20, method="tsit5")
     assert torch.isnan(got.value).all()
     assert (got.status == MAX_NFE).all()
     assert torch.isfinite(got.latent).all()
+    got = log_prob(model, x, max_nfe=20)
+    assert (got.status == MAX_NFE).all()
+    assert (got.nfe <= 20).all()
+    assert ((got.value - model.log_prob(x, 1e-5)).abs() < got.trajectory_error + got.quadrature_error).all()
     with pytest.warns(UserWarning, match="12 of 12 examples did not finish"):
         bits = bits_per_dim(image16.diffuse(VPSDE()), pixels, max_nfe=20)
     assert math.isnan(bits.mean)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from scoresde import checks, ode
 from scoresde.flow import move, take_rows
-from scoresde.likelihood.dequantization import Dequantizer, dequantizer, log_mean_weight, pair
 from scoresde.likelihood.decoupled import Plan
+from scoresde.likelihood.dequantization import Dequantizer, dequantizer, log_mean_weight, pair
 from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
 from scoresde.likelihood.log_prob import METHODS, log_prob
 from scoresde.likelihood.plan import plan_likelihood
@@ -227,7 +227,8 @@ def _log_weights(
             cond=cond if len(copies) == 1 else take_rows(cond, rows),
             **options,
         )
-        log_w.append((r.value - torch.cat([q for _, q in drawn])).reshape(-1, n))
+        value = torch.where(r.status == ode.OK, r.value, torch.nan)
+        log_w.append((value - torch.cat([q for _, q in drawn])).reshape(-1, n))
         for found, of in ((errors, r.stderr), (nfe, r.nfe), (status, r.status)):
             found.append(of.reshape(-1, n))
     weights = torch.cat(log_w).reshape(draws, samples, n)

@@ -83,12 +83,15 @@ class Followed:
         field = Field(model, self.path, self.u, theta, self.ends, cond)
         self.curve = trace_curve(field, plan.stretch, self.u, theta, spacing)
         self.latent = self.curve.end * large
-        _raise_if_broken(self.curve.slopes.flatten(2).abs().amax(2) if self.d else None, field)
+        size = self.curve.slopes.detach().flatten(2).abs().amax(2)
+        _raise_if_broken(size, field)
+        self.ran_away = ~(size.amax(0) < RUNAWAY)  # (B,): on a grid too coarse for a stiff network
 
     def part(self, rows: Tensor) -> Followed:
         """The same trajectories, of the chosen examples only."""
         chosen = copy.copy(self)
         chosen.u, chosen.latent, chosen.cond = self.u[rows], self.latent[rows], take_rows(self.cond, rows)
+        chosen.ran_away = self.ran_away[rows]
         chosen.curve = dataclasses.replace(self.curve, u=chosen.u, slopes=self.curve.slopes[:, rows])
         return chosen
 
@@ -116,17 +119,17 @@ class Followed:
         rule = gauss_legendre(self.plan.measure, self.low, self.high, self.plan.points)
         places, rates = self.curve.at(rule.theta)
         field = Field(self.model, self.path, self.u, rule.theta, self.ends, self.cond)
-        traces, pulls = [], []
+        traces, pulls, graph = [], [], {"differentiable": True} if differentiable else {}
         for j, angle in enumerate(rule.theta.tolist()):
             state = self.u + torch.tensordot(places[j], self.curve.slopes, 1)
             slope = torch.tensordot(rates[j], self.curve.slopes, 1)
-            moving, trace = divergence(functools.partial(field.moving, j=j), state, walk(first + j), differentiable)
+            moving, trace = divergence(functools.partial(field.moving, j=j), state, walk(first + j), **graph)
             f = field.whole(state, moving, j)
             traces.append(field.p[j] * self.d + field.r[j] * trace)
             gradient = -(state + f / math.tan(angle))
             pulls.append(sum_event(gradient.double() * (f - slope).double()))
         trace, pull = torch.stack(traces), torch.stack(pulls)
-        _raise_if_broken(pull.detach().abs(), field)
+        _raise_if_broken(pull.detach().abs(), field, self.ran_away)
         return rule, trace, pull
 
 
@@ -160,20 +163,23 @@ def legendre(points: int) -> Array:
     return (np.polynomial.legendre.legvander(z, points - 1) * w[:, None]).T * (np.arange(points) + 0.5)[:, None]
 
 
-def _raise_if_broken(size: Tensor | None, field: Field) -> None:
-    """`NonFiniteError` where a finite state met NaN or infinity from the network; `size` (N, B) of what came at each place.
+def _raise_if_broken(size: Tensor, field: Field, ran_away: Tensor | None = None) -> None:
+    """`NonFiniteError` where the network answered NaN or infinity; `size` (N, B) of what came at each place.
 
-    Trajectories that ran away first (a grid too coarse for a stiff network) are left to be refined.
+    Trajectories that ran away first, or before (`ran_away`), are left to be refined.
     """
-    if size is None or not size.numel() or bool(torch.isfinite(size).all()):
+    if not size.numel() or bool(torch.isfinite(size).all()):
         return
     bad = ~torch.isfinite(size)
     first = bad.double().argmax(0)
     before = size.gather(0, (first - 1).clamp_min(0)[None])[0]
     broken = bad.any(0) & ((first == 0) | (before < RUNAWAY))
+    if ran_away is not None:
+        broken &= ~ran_away
     rows = broken.nonzero().flatten().tolist()
     if rows:
+        at = int(first[rows[0]])
         raise checks.NonFiniteError(
-            f"the network returned NaN or infinity at t = {field.times[int(first[rows[0]])]:.6g} (evaluation "
-            f"{int(first[rows[0]])}), examples {checks.rows_text(rows)}. Check the network's output at that t."
+            f"the network returned NaN or infinity at t = {field.times[at]:.6g}, evaluation {at}, rows {checks.rows_text(rows)}. "
+            "Check the network's output at that t."
         )

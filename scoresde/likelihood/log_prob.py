@@ -78,7 +78,7 @@ def log_prob(
     example. `method`:
 
     * "decoupled": the trajectory by forward evaluations, then the divergence along it with new probes at every point; each
-      example is refined until its estimated error is below 10 (rtol + atol) nats;
+      example is refined until its estimated error is below 10 (rtol + atol) nats (those that no grid resolves go to "tsit5");
     * "tsit5", "dopri5", "bosh3": both at once, adaptive Runge-Kutta with the probes fixed.
 
     With "decoupled" also: `stderr`, the standard error in nats that each example's trace estimate has to reach: probes are
@@ -124,17 +124,19 @@ def log_prob(
             cond=cond,
         )
         result = _from_refined(model, found)
-        lost = (~torch.isfinite(found.change)).nonzero().squeeze(1)
-        if len(lost):  # trajectories that ran away on every grid
-            with_steps = _coupled(
-                model, x[lost], divergence, streams.source(lost), take_rows(cond, lost), method="tsit5", **options
+        lost = ~torch.isfinite(found.change)
+        hard = (lost | ((found.status == ode.UNRESOLVED) & isinstance(divergence, Exact))).nonzero().squeeze(1)
+        if len(hard):  # features too fine for a grid that all examples share, or trajectories that ran away on it
+            steps = _coupled(
+                model, x[hard], divergence, streams.source(hard), take_rows(cond, hard), method="tsit5", **options
             )
-            for name in ("value", "stderr", "latent", "status"):
-                getattr(result, name)[lost] = getattr(with_steps, name)
-            result.nfe[lost] += with_steps.nfe
+            for name in ("value", "stderr", "latent", "status", "trajectory_error", "quadrature_error"):
+                getattr(result, name)[hard] = getattr(steps, name)
+            result.nfe[hard] += steps.nfe
     if differentiable and x.shape[0]:
-        if len(lost):
-            raise ValueError(f"examples {checks.rows_text(lost.tolist())} have no value that could be differentiated.")
+        if bool(lost.any()):
+            rows = checks.rows_text(lost.nonzero().flatten().tolist())
+            raise ValueError(f"rows {rows} have no value on a common grid that could be differentiated.")
         with evaluating(model, gradients=True):
             change, result.latent = retraced(model, x, divergence, streams, found, cond)
             result.value = model.terminal_log_prob(result.latent) + change

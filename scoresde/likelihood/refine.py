@@ -7,6 +7,7 @@ example's result does not depend on its batch. With estimated traces, further ro
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from scoresde.model import ScoreModel
 from scoresde.rng import Streams
 
 NATS = 10.0
-PASSES = 7  # the last one has GROWTH^6, some eleven times, the evaluations of the first
+PASSES = 6  # the last one has GROWTH^5, some eight times, the evaluations of the first
 GROWTH = 1.5
 BLUR = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
 MEASURE = Stretch(0.03, 0.3)  # of estimated traces: places them about evenly in what their probes' noise contributes
@@ -191,9 +192,13 @@ def retraced(
 
 
 def _within(plan: Plan, max_nfe: int) -> Plan:
-    """The plan, thinned to a budget of evaluations."""
-    share = min(1.0, max_nfe / plan.nfe)
-    return Plan(plan.stretch, max(2, int(plan.nodes * share)), plan.measure, max(2, int(plan.points * share)))
+    """The plan, thinned to a budget of evaluations (four at least)."""
+    share = 1.0
+    thin = plan
+    while thin.nfe > max_nfe and thin.points > 2:
+        share *= 0.9 * max_nfe / thin.nfe
+        thin = dataclasses.replace(plan, nodes=max(2, int(plan.nodes * share)), points=max(2, int(plan.points * share)))
+    return thin
 
 
 def _floor(model: ScoreModel, x: Tensor) -> float:
