@@ -41,52 +41,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from likelihood_ours import ESTIMATED, ESTIMATES, OURS, ours
 from likelihood_peers import PEERS, Meter, seconds, versions
 from likelihood_truth import Case, digits_case, mixture_case, mlp_case, signs, trained_mlp
 from problems import PROBLEMS
 from torch import Tensor
 
-from scoresde import Divergence, Exact, Hutchinson, HutchPlusPlus, load, log_prob, sample
-from scoresde.likelihood import Hadamard
+from scoresde import Exact, Hutchinson, load, log_prob, sample
 from scoresde.store import save_model, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
-# Our configurations: name -> arguments of log_prob beside divergence, rtol, atol and seed. The first is drawn boldest.
-OURS: dict[str, dict[str, Any]] = {
-    "tsit5": {"method": "tsit5"},
-    "dopri5": {"method": "dopri5"},
-    "bosh3": {"method": "bosh3"},
-}
-# Trace estimates for the total error, by name, and which methods take them (peers of torchdiffeq share their forward pass too).
-ESTIMATES: dict[str, Callable[[], Divergence]] = {
-    "4 probes": partial(Hutchinson, 4),
-    "16 probes": partial(Hutchinson, 16),
-    "hadamard 16": partial(Hadamard, 16, 2),
-    "hutch++ 18": partial(HutchPlusPlus, 18),
-    "exact": Exact,
-}
-ESTIMATED = ["tsit5"]
 PEER_ESTIMATES = {"torchdiffeq/dopri5": {"16 probes": 16, "exact": None}}
 
 TARGETS = {"2d": (1e-3, 1e-4), "digits": (1e-2, 1e-3)}
 TOLERANCES = {"2d": [10.0**-k for k in range(2, 9)], "digits": [10.0**-k for k in range(1, 7)]}
 TOTAL, SHARE = 0.25, 0.1  # nats: the target of the total error, and the solver's part of it
 MOST = 3000.0  # F: tolerances beyond this cost are not tried
-
-
-class Given(Hutchinson):
-    """Hutchinson's estimate with probes that are handed in."""
-
-    def __init__(self, given: Tensor):
-        super().__init__(given.shape[1])
-        self.given = given
-
-    def probes(self, *_: Any) -> Tensor:
-        return self.given
-
-
-# -- measurement -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -128,19 +99,6 @@ class Job:
 
 def _finite(value: Tensor) -> float:
     return float(f"{float(value):.4g}") if bool(torch.isfinite(value)) else math.inf
-
-
-def ours(
-    case: Case, name: str, tolerance: float, estimate: Callable[[], Divergence] | None = None
-) -> Callable[..., Any]:
-    """The public call, with given probes (None: exact trace), or with an estimate that draws its own from the seed."""
-
-    def run(x: Tensor, probes: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-        divergence = estimate() if estimate else Exact() if probes is None else Given(probes)
-        result = log_prob(case.model, x, divergence=divergence, rtol=tolerance, atol=tolerance, seed=seed, **OURS[name])
-        return result.value, None if bool(result.stderr.isnan().all()) else result.stderr
-
-    return run
 
 
 def theirs(case: Case, name: str, tolerance: float) -> Callable[..., Any]:

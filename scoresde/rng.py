@@ -49,15 +49,15 @@ class Streams:
         self.seed = seed if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
         self.device, self.batch_size, self.salt = device, batch_size, salt
 
-    def source(self, rows: Tensor | None = None, *key: int) -> RandomSource:
-        """The random numbers of `rows` under `key`."""
+    def source(self, rows: Tensor | None = None, *key: int, part: int = 0) -> RandomSource:
+        """The random numbers of `rows` under `key`; `part` sets apart the parts of a batch that share one seed."""
         n = self.batch_size if rows is None else len(rows)
         seed = self.seed
         if isinstance(seed, list):
             seed = seed if rows is None else [seed[i] for i in rows.tolist()]
             seed = [derive(s, *key) for s in seed] if key else seed
-        elif key:
-            seed = derive(seed, *key)
+        elif key or part:
+            seed = derive(seed, *key, part) if part else derive(seed, *key)
         return RandomSource(seed, self.device, n, salt=self.salt)
 
 
