@@ -10,7 +10,7 @@ nats = log_prob(model, x).value
 from scoresde._version import __version__
 from scoresde.checks import NonFiniteError
 from scoresde.interop import load
-from scoresde.latents import decode, encode, interpolate, slerp
+from scoresde.latents import decode, encode, interpolate, round_trip, slerp
 from scoresde.likelihood import (
     BitsPerDim,
     DDPMBound,
@@ -70,6 +70,7 @@ __all__ = [
     "load",
     "log_prob",
     "plan_likelihood",
+    "round_trip",
     "sample",
     "slerp",
     "tune",

@@ -32,6 +32,19 @@ def decode(model: ScoreModel, z: Tensor, *, rtol: float = 1e-5, atol: float = 1e
     return _flow(model, z, 1.0, model.sde.t_min, rtol, atol, cond)
 
 
+def round_trip(
+    model: ScoreModel, x: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5, cond: Any = None
+) -> tuple[Tensor, Tensor]:
+    """(z, error): the latents of x (B, *), and per example (B,) the root mean square over entries of decode(z) - x.
+
+    How far the two solves are from inverting each other, in the data's units: what a likelihood's latents, interpolations and
+    edits can be trusted to. Near a boundary between modes it can be large although both solves keep their tolerance.
+    """
+    z = encode(model, x, rtol=rtol, atol=atol, cond=cond)
+    back = decode(model, z, rtol=rtol, atol=atol, cond=cond)
+    return z, (back - x).double().flatten(1).square().mean(1).sqrt()
+
+
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     r"""Spherical interpolation of each example: $[\sin((1-w)\omega)\,a + \sin(w\omega)\,b]/\sin\omega$.
 

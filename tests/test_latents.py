@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from scoresde import VPSDE, GaussianMixture, ScoreNet, decode, encode, interpolate, slerp
+from scoresde import VPSDE, GaussianMixture, ScoreNet, decode, encode, interpolate, round_trip, slerp
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -217,3 +217,15 @@ def test_nan_in_the_second_example(full3):
     model, x = full3.diffuse(VPSDE()), full3.sample(2, seed=7)
     with pytest.raises(ValueError, match="x1"):
         interpolate(model, x, torch.full_like(x, math.nan), 2)
+
+
+def test_round_trip_reports_its_error(ring8):
+    """The latents are encode's; the error is that of decode(encode(x)), per example, and falls with the tolerance."""
+    model, x = ring8.diffuse(VPSDE()), ring8.sample(8, seed=1)
+    z, error = round_trip(model, x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(z, encode(model, x, rtol=1e-4, atol=1e-4))
+    expected = (decode(model, z, rtol=1e-4, atol=1e-4) - x).square().mean(1).sqrt()
+    torch.testing.assert_close(error, expected)
+    assert (error > 0).all()
+    finer = round_trip(model, x, rtol=1e-8, atol=1e-8)[1]
+    assert float(finer.max()) < 1e-2 * float(error.max())
