@@ -67,6 +67,7 @@ class Grid:
     weights: Array
 
 
+@functools.lru_cache(maxsize=64)
 def equispaced(stretch: Stretch, low: float, high: float, n: int) -> tuple[Array, float]:
     """n angles equally spaced in s from low to high, and their spacing."""
     ends = stretch(np.array([low, high]))
@@ -75,6 +76,7 @@ def equispaced(stretch: Stretch, low: float, high: float, n: int) -> tuple[Array
     return theta, float(ends[1] - ends[0]) / (n - 1)
 
 
+@functools.lru_cache(maxsize=256)
 def gauss_legendre(stretch: Stretch, low: float, high: float, points: int) -> Grid:
     """Nodes and weights (for d theta) of the Gauss-Legendre rule in s."""
     ends = stretch(np.array([low, high]))
@@ -193,12 +195,18 @@ def _adams(order: int, implicit: int) -> tuple[float, ...]:
 def _integrals(nodes: tuple[float, ...], to: float) -> Array:
     """Integrals from 0 to `to` of the Lagrange polynomials of the nodes."""
     powers = np.array([to ** (i + 1) / (i + 1) for i in range(len(nodes))])
-    return powers @ np.linalg.inv(np.vander(np.array(nodes), increasing=True))
+    return powers @ _lagrange(nodes)
 
 
 def _values(nodes: tuple[float, ...], at: float) -> Array:
     """The Lagrange polynomials of the nodes at a point."""
-    return at ** np.arange(len(nodes)) @ np.linalg.inv(np.vander(np.array(nodes), increasing=True))
+    return at ** np.arange(len(nodes)) @ _lagrange(nodes)
+
+
+@functools.lru_cache(maxsize=256)
+def _lagrange(nodes: tuple[float, ...]) -> Array:
+    """Coefficients of the Lagrange polynomials, one a column, by rising powers."""
+    return np.linalg.inv(np.vander(np.array(nodes), increasing=True))
 
 
 @functools.lru_cache(maxsize=256)
