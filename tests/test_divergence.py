@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from scoresde import VPSDE, Exact, Hadamard, Hutchinson, HutchPlusPlus, ScoreNet, log_prob
+from scoresde.likelihood.divergence import hadamard_rows, hadamard_size
 from scoresde.rng import RandomSource, spawn
 
 D = 12
@@ -85,12 +86,43 @@ def test_images_and_seeds_per_sample(name, matrix):
     torch.testing.assert_close(alone[0], whole[2], rtol=1e-12, atol=1e-12)
 
 
-def test_walsh_rows():
-    """Orthogonal over the full power of two, for sizes that are one; signs only."""
-    rows = _walsh(16, 16, torch.zeros(1))
-    assert torch.equal(rows @ rows.T, 16 * torch.eye(16))
-    assert _walsh(5, 12, torch.zeros(1)).shape == (5, 12)
-    assert set(_walsh(8, 3072, torch.zeros(1)).unique().tolist()) == {-1.0, 1.0}
+EVENTS = [(1,), (5,), (8,), (4, 4), (1, 6, 6), (1, 8, 8), (3, 4, 4), (2, 3, 3), (3, 5, 2)]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+def test_hadamard_rows(event):
+    """All rows are signs, different, and orthogonal over the entries: the mean of w_p w_q is 0 for p != q. Row 0 is constant,
+    row 1 a checkerboard."""
+    size = hadamard_size(event)
+    assert size >= math.prod(event)
+    assert size & (size - 1) == 0
+    rows = hadamard_rows(range(size), event)
+    assert rows.shape == (size, *event)
+    assert set(rows.unique().tolist()) <= {-1, 1}
+    flat = rows.flatten(1).double()
+    assert torch.equal(flat.T @ flat, size * torch.eye(math.prod(event), dtype=torch.float64))
+    if math.prod(event) == size:
+        assert torch.equal(flat @ flat.T, size * torch.eye(size, dtype=torch.float64))
+    assert (rows[0] == 1).all()
+    if size > 1:
+        parity = sum(torch.meshgrid(*(torch.arange(n) for n in event), indexing="ij"))
+        assert torch.equal(rows[1], 1 - 2 * (parity % 2))
+    picked = [size - 1, 0, size // 2]
+    assert torch.equal(hadamard_rows(picked, event), rows[picked])
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+def test_all_hadamard_rows_give_the_trace(event):
+    """In one place, or a few at a time along a walk that visits them all: the sum has no error."""
+    d, size = math.prod(event), hadamard_size(event)
+    full = torch.randn(d, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    traces = estimate(Hadamard(2 * size, 2), full, n=3, event=event)
+    torch.testing.assert_close(traces, full.trace().expand(3, 2), rtol=1e-9, atol=1e-9)
+    per_place = min(2, size)
+    walk = Hadamard(per_place, 1).walk((3, *event), torch.float64, RandomSource(0, "cpu", 3))
+    probes = torch.cat([walk(i) for i in range(size // per_place)], 1).flatten(2)
+    forms = torch.einsum("bki,ij,bkj->bk", probes, full, probes)
+    torch.testing.assert_close(forms.mean(1), full.trace().expand(3), rtol=1e-9, atol=1e-9)
 
 
 def test_log_prob_with_each(full3, sde):

@@ -26,11 +26,10 @@ from scoresde.likelihood.divergence import Divergence, Exact
 from scoresde.model import ScoreModel
 from scoresde.rng import Streams
 
-WHOLE = 30.0  # nats: what the Legendre coefficients of a divergence begin with
 LARGE = 8192  # entries of a batch from which derivatives are taken in parts
 NATS = 10.0
-PASSES = 6  # the last one has GROWTH^5, some eight times, the evaluations of the first
-GROWTH = 1.5
+PASSES = 4  # few, because a pass of few examples costs almost as much as one of many
+GROWTH = 2.25
 BLUR = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
 MEASURE = Stretch(0.03, 0.3)  # of estimated traces: places them about evenly in what their probes' noise contributes
 NODES = 36  # of the trajectory, where each point of the quadrature costs many products
@@ -106,52 +105,34 @@ def refined(
     floor, out = _floor(model, x), Refined.empty(x)
     if not x.shape[0]:
         return out
+    rows = torch.arange(x.shape[0], device=x.device)
     before = torch.full_like(out.change, math.inf)
     goal = tolerance
     if not exact:
         blur = BLUR * math.sqrt(x[0].numel())
         goal = max(tolerance, blur if stderr is None else min(blur, stderr / 3))
-    start = _within(plan or default_plan(model, tolerance, exact), max_nfe)
-    due = torch.zeros_like(out.level)  # the next pass of each example, PASSES for none
+    here = _within(plan or default_plan(model, tolerance, exact), max_nfe)
     for level in range(PASSES):
-        here = start.finer(GROWTH**level, GROWTH**level)
         out.plans.append(here)
-        rows = (due == level).nonzero().squeeze(1)
-        if level and len(rows):
-            dear = out.nfe[rows] + here.nfe > max_nfe
-            out.status[rows[dear]], due[rows[dear]] = ode.MAX_NFE, PASSES
-            rows = rows[~dear]
-        if not len(rows):
-            continue
         followed = Followed(model, x[rows], here, take_rows(cond, rows))
         integral = _integral(followed, divergence, streams, rows, [level] if level else [])
         mean, error = mean_and_error(integral.change, exact)
         out.nfe[rows] += here.nfe
         out.put(rows, change=mean, stderr=error, latent=followed.latent, level=torch.full_like(rows, level))
         out.put(rows, trajectory=integral.trajectory, quadrature=integral.quadrature)
-        quadrature = integral.quadrature if exact else torch.zeros_like(mean)
-        solver = integral.trajectory + quadrature
-        stalled = (solver > 0.5 * before[rows]) & (solver < floor)  # rounding: more evaluations would not help
+        solver = integral.trajectory + (integral.quadrature if exact else 0.0)
+        stalled = (solver > 0.5 * before) & (solver < floor)  # rounding: more evaluations would not help
         failed = ~(torch.isfinite(mean) & ((solver <= goal) | stalled))
         if stderr is not None and not exact:
             _more_rounds(out, followed, integral, rows, ~failed, divergence, streams, (level, stderr, max_nfe))
-        before[rows] = solver
-        due[rows] = torch.where(failed, level + _levels(integral.trajectory, quadrature, goal), PASSES)
-        out.status[rows[failed & (due[rows] >= PASSES)]] = ode.UNRESOLVED
-        if not bool((due < PASSES).any()):
-            break
+        rows, before, here = rows[failed], solver[failed], here.finer(GROWTH, GROWTH)
+        if not len(rows):
+            return out
+        if int(out.nfe[rows].max()) + here.nfe > max_nfe:
+            out.status[rows] = ode.MAX_NFE
+            return out
+    out.status[rows] = ode.UNRESOLVED
     return out
-
-
-def _levels(trajectory: Tensor, quadrature: Tensor, goal: float) -> Tensor:
-    """How many passes finer an example should go, by the errors (B,) it has: one to three.
-
-    A trajectory's error falls with the fourth power of its nodes, that of a rule geometrically from some nats at no points.
-    """
-    nodes = (2 * trajectory / goal).clamp_min(1.0) ** 0.25
-    points = math.log(WHOLE * 2 / goal) / (WHOLE / quadrature.clamp(goal / 2, WHOLE / 2)).log()
-    factor = torch.maximum(nodes, points).nan_to_num(nan=math.inf)
-    return (factor.log() / math.log(GROWTH)).ceil().clamp(1, 3).long()
 
 
 def _integral(
