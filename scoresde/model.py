@@ -194,6 +194,10 @@ class ScoreNet(ScoreModel):
         self.net = net
         self.sde = sde
         self.parameterization = checks.choice(parameterization, PARAMETERIZATIONS, "parameterization")
+        if (
+            parameterization == "edm"
+        ):  # its label is the logarithm of the noise, which still changes where the noise is nearly 0
+            self.flow_scales, self.trace_scales = (0.001, 0.003), (0.001, 0.05)
         self.sigma_data = checks.positive(sigma_data, "sigma_data")
         self.event_shape = None if event_shape is None else tuple(event_shape)
         self.levels = levels

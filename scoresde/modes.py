@@ -15,7 +15,7 @@ def evaluating(module: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             yield
     finally:
         for m in training:

@@ -57,7 +57,7 @@ class Streams:
             seed = seed if rows is None else [seed[i] for i in rows.tolist()]
             seed = [derive(s, *key) for s in seed] if key else seed
         elif key or part:
-            seed = derive(seed, *key, part) if part else derive(seed, *key)
+            seed = derive(seed, len(key), *key, part)
         return RandomSource(seed, self.device, n, salt=self.salt)
 
 

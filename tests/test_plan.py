@@ -197,5 +197,5 @@ def test_bits_per_dim_with_a_survey_does_not_depend_on_chunks(image16):
     given = bits_per_dim(model, pixels, plan=plan, **options)
     assert torch.equal(given.per_example, whole.per_example)
     assert given.nfe == plan.nfe
-    with pytest.raises(ValueError, match="plan"):
+    with pytest.raises(TypeError, match="plan"):
         bits_per_dim(model, pixels, plan="best", **options)

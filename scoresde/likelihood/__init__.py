@@ -1,6 +1,7 @@
 """Exact likelihood: traces, log densities, bits/dim."""
 
 from scoresde.likelihood.bits import BitsPerDim, bits_from_nats, bits_per_dim
+from scoresde.likelihood.curve import Stretch
 from scoresde.likelihood.ddpm import DDPMBound, ddpm_bound
 from scoresde.likelihood.decoupled import Plan
 from scoresde.likelihood.dequantization import (
@@ -28,6 +29,7 @@ __all__ = [
     "Hutchinson",
     "LogProb",
     "Plan",
+    "Stretch",
     "TruncatedNormalDequantizer",
     "UniformDequantizer",
     "VariationalDequantizer",

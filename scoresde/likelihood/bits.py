@@ -90,7 +90,7 @@ def bits_per_dim(
     space, by default the model's; `cond`, conditions for all N (tensor data only); `seed`: example i draws its noise
     from (seed, first + i), so results do not depend on `batch_size`; `first`: where data[0] stands in a larger set that is
     scored in parts; `plan`: where a decoupled solve looks, by default `plan_likelihood(model)` on eight of the model's own
-    samples where the trace is estimated (None: what `log_prob` takes by itself). The rest as in `log_prob`.
+    samples where the trace is estimated and there is no `cond` (None: what `log_prob` takes by itself). The rest as in `log_prob`.
 
     `dequantization`: "uniform", for models of dequantized images; "truncated-normal", for models of the levels' centres; or
     an object with `draw(data, source)`, such as a fitted `VariationalDequantizer`. `samples`: points per bound, combined by
@@ -113,8 +113,8 @@ def bits_per_dim(
         checks.positive(value, name)
     checks.positive_int(max_nfe, "max_nfe")
     checks.choice(method, METHODS, "method of solution")
-    if isinstance(plan, str):
-        checks.choice(plan, ("auto",), "plan")
+    if plan is not None and plan != "auto" and not isinstance(plan, Plan):
+        raise TypeError(f'plan must be "auto", None or a Plan, such as plan_likelihood(model) returns, got {plan!r}.')
     if len(getattr(data, "shape", ())) > 1:
         model.check_event(tuple(data.shape[1:]))
     declared = levels is not None or model.levels is not None
@@ -170,7 +170,7 @@ def summarize(per_draw: Tensor, trace_stderr: Tensor, nfe: Tensor, status: Tenso
     if unfinished:
         warnings.warn(
             f"{unfinished} of {len(status)} examples did not finish (see .status); the mean leaves them out. "
-            "Raise max_nfe or loosen rtol and atol.",
+            'Raise max_nfe, loosen rtol and atol, or try method="tsit5".',
             stacklevel=3,
         )
     return BitsPerDim(

@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scoresde import checks
 from scoresde.bound import BoundNet
 from scoresde.flow import AnglePath
-from scoresde.model import ScoreModel
+from scoresde.model import ScoreModel, ScoreNet
 
 Array = NDArray[np.float64]
 
@@ -39,6 +40,10 @@ class Stretch:
 
     a: float
     b: float
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            checks.positive(getattr(self, name), name)
 
     def __call__(self, theta: Array) -> Array:
         """s(theta), increasing."""
@@ -102,7 +107,8 @@ class Field:
         self.times = times.tolist()
         self.angles = angles.to(u.device)
         bound = model.bound(u, times)
-        self.bound = bound if isinstance(bound, BoundNet) else None
+        plain = isinstance(bound, BoundNet) and type(model).predict is ScoreNet.predict
+        self.bound = bound if plain else None
         self.p, self.r, self.scale = [0.0] * len(theta), [1.0] * len(theta), [1.0] * len(theta)
         if self.bound is not None:
             a, b, c, e = self.bound.affine(times)

@@ -35,6 +35,7 @@ from scoresde.model import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.sde import sum_event
 
+SMALL = 0.125  # nats per sqrt(d) of correction up to which its error is taken for the mismatch's share of it
 RUNAWAY = 1e4  # a slope of this size, where states have unit variance, is the solver's doing
 
 
@@ -50,6 +51,9 @@ class Plan:
     quadrature_error: float = math.nan
 
     def __post_init__(self) -> None:
+        for name in ("stretch", "measure"):
+            if not isinstance(getattr(self, name), Stretch):
+                raise TypeError(f"{name} must be a Stretch(a, b), got {getattr(self, name)!r}.")
         for name in ("nodes", "points"):
             if checks.positive_int(getattr(self, name), name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
@@ -67,12 +71,13 @@ class Plan:
 class Followed:
     """The trajectories of x (B, *) under a plan, along which divergences can be integrated as often as need be.
 
-    `latent` (B, *), where they end. Raises `NonFiniteError`, naming t and the examples,
+    `latent` (B, *), where they end; `rows` (B,), what errors call the examples. Raises `NonFiniteError`, naming t and the examples,
     for NaN from the network.
     """
 
-    def __init__(self, model: ScoreModel, x: Tensor, plan: Plan, cond: Any = None):
+    def __init__(self, model: ScoreModel, x: Tensor, plan: Plan, cond: Any = None, rows: Tensor | None = None):
         self.model, self.plan, self.cond = model, plan, cond
+        self.rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
         self.path, self.d = AnglePath(model.sde, model.sigma_data), math.prod(x.shape[1:])
         self.ends = (model.sde.t_min, model.flow_end)
         self.low, self.high = (float(self.path.angle(t)) for t in self.ends)
@@ -84,14 +89,14 @@ class Followed:
         self.curve = trace_curve(field, plan.stretch, self.u, theta, spacing)
         self.latent = self.curve.end * large
         size = self.curve.slopes.detach().flatten(2).abs().amax(2)
-        _raise_if_broken(size, field)
+        _raise_if_broken(size, field, self.rows)
         self.ran_away = ~(size.amax(0) < RUNAWAY)  # (B,): on a grid too coarse for a stiff network
 
     def part(self, rows: Tensor) -> Followed:
         """The same trajectories, of the chosen examples only."""
         chosen = copy.copy(self)
         chosen.u, chosen.latent, chosen.cond = self.u[rows], self.latent[rows], take_rows(self.cond, rows)
-        chosen.ran_away = self.ran_away[rows]
+        chosen.ran_away, chosen.rows = self.ran_away[rows], self.rows[rows]
         chosen.curve = dataclasses.replace(self.curve, u=chosen.u, slopes=self.curve.slopes[:, rows])
         return chosen
 
@@ -109,7 +114,9 @@ class Followed:
         quadrature = torch.full_like(defect, self.plan.quadrature_error)
         if isinstance(divergence, Exact):
             quadrature = rule_error(trace[:, :, 0] + pull, rule, self.plan.measure)
-        return Integral(change + self.growth, self.model.flow_mismatch * defect, quadrature)
+        # a correction that is no small one has no small error either
+        left = self.model.flow_mismatch * defect + (defect - SMALL * math.sqrt(self.d)).clamp_min(0)
+        return Integral(change + self.growth, left, quadrature)
 
     def integrand(
         self, divergence: Divergence, source: RandomSource, first: int = 0, differentiable: bool = False
@@ -129,7 +136,7 @@ class Followed:
             gradient = -(state + f / math.tan(angle))
             pulls.append(sum_event(gradient.double() * (f - slope).double()))
         trace, pull = torch.stack(traces), torch.stack(pulls)
-        _raise_if_broken(pull.detach().abs(), field, self.ran_away)
+        _raise_if_broken(pull.detach().abs(), field, self.rows, self.ran_away)
         return rule, trace, pull
 
 
@@ -147,13 +154,14 @@ def rule_error(integrand: Tensor, rule: Grid, stretch: Stretch) -> Tensor:
     """Estimated error (B,) of a Gauss-Legendre rule from its integrand (Q, B) with respect to theta.
 
     The integrand's Legendre coefficients in s decay geometrically where it is smooth, and the rule is exact up to degree
-    2Q - 1: with the last coefficients of size q and the largest p, its error is of the size q^2/p.
+    2Q - 1: with the last coefficients of size q and the largest p, its error would be of the size q^2/p. What is left of the
+    curve's own ripples decays more slowly, so the power is 3/2, and the eighth of that which covers what was seen.
     """
     per_s = integrand.detach() * torch.from_numpy(1 / stretch.slope(rule.theta)).to(integrand.device)[:, None]
     length = float((rule.weights * stretch.slope(rule.theta)).sum())
     size = (torch.from_numpy(legendre(len(rule.theta))).to(integrand.device) @ per_s).abs()
     tail, top = size[-4:].amax(0), size.amax(0).clamp_min(torch.finfo(torch.float64).tiny)
-    return length * tail * (tail / top)
+    return length * tail * (tail / top).sqrt() / 8
 
 
 @functools.lru_cache(maxsize=64)
@@ -163,7 +171,7 @@ def legendre(points: int) -> Array:
     return (np.polynomial.legendre.legvander(z, points - 1) * w[:, None]).T * (np.arange(points) + 0.5)[:, None]
 
 
-def _raise_if_broken(size: Tensor, field: Field, ran_away: Tensor | None = None) -> None:
+def _raise_if_broken(size: Tensor, field: Field, names: Tensor, ran_away: Tensor | None = None) -> None:
     """`NonFiniteError` where the network answered NaN or infinity; `size` (N, B) of what came at each place.
 
     Trajectories that ran away first, or before (`ran_away`), are left to be refined.
@@ -180,6 +188,6 @@ def _raise_if_broken(size: Tensor, field: Field, ran_away: Tensor | None = None)
     if rows:
         at = int(first[rows[0]])
         raise checks.NonFiniteError(
-            f"the network returned NaN or infinity at t = {field.times[at]:.6g}, evaluation {at}, rows {checks.rows_text(rows)}. "
-            "Check the network's output at that t."
+            f"the network returned NaN or infinity at t = {field.times[at]:.6g}, evaluation {at}, rows "
+            f"{checks.rows_text(names[rows].tolist())}. Check the network's output at that t."
         )

@@ -135,7 +135,9 @@ class Hadamard(Divergence):
 
         def at(place: int) -> Tensor:
             rows = [(place * self.rows + i) % size for i in range(self.rows)]
-            return (signs * hadamard_rows(rows, event).to(signs)).flatten(1, 2)  # (B, replicates * rows, *event)
+            return (signs * hadamard_rows(rows, event, signs.device).to(signs)).flatten(
+                1, 2
+            )  # (B, replicates * rows, *event)
 
         return at
 
@@ -217,13 +219,20 @@ class _Graph:
                 retain_graph=keep or not last,
                 create_graph=keep,
             )[0]
-        except (RuntimeError, NotImplementedError) as e:
-            if "derivative" not in str(e) and "differentiable" not in str(e):
+        except NotImplementedError as e:
+            raise self._refusal(e) from e
+        except RuntimeError as e:
+            if not any(word in str(e) for word in ("derivative", "differentiable", "in the graph")):
                 raise
-            raise ValueError(
-                f"an operator of the network cannot be differentiated ({str(e).splitlines()[0]}), so its divergence cannot be "
-                "computed; replace it, or use encode and sample, which need no derivatives."
-            ) from e
+            raise self._refusal(e) from e
+
+    @staticmethod
+    def _refusal(e: Exception) -> ValueError:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        return ValueError(
+            f"the network cannot be differentiated with respect to x ({why}), so its divergence cannot be computed; replace the "
+            "operator, remove detach, or use encode and sample, which need no derivatives."
+        )
 
     def quadratic_forms(self, probes: Tensor) -> Tensor:
         """z^T (dv/du) z for each probe of (B, k, *): (B, k) in float64."""
@@ -243,18 +252,18 @@ def hadamard_size(event: tuple[int, ...]) -> int:
     return math.prod(1 << (n - 1).bit_length() for n in event)
 
 
-def hadamard_rows(rows: Sequence[int], event: tuple[int, ...]) -> Tensor:
+def hadamard_rows(rows: Sequence[int], event: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Sign patterns (len(rows), *event) of a Walsh-Hadamard matrix in hierarchical order; row 0 is constant.
 
     Entry p of row r is (-1)^(number of common bits of mask(r) and code(p)): code(p) has the bits of p's index along every axis,
     and mask(r) is the sum (modulo 2) of the generators that the bits of r choose (`_generators`).
     """
-    code, generators = _code(event), _generators(event)
+    code, generators = _code(event, str(device)), _generators(event)
     masks = [functools.reduce(lambda m, g: m ^ g, (g for i, g in enumerate(generators) if r >> i & 1), 0) for r in rows]
-    bits = torch.tensor(masks)[:, None] & code.flatten()
+    bits = torch.stack([code & mask for mask in masks])  # on the device: a table from the host would stall it
     for shift in (32, 16, 8, 4, 2, 1):
         bits = bits ^ (bits >> shift)
-    return (1 - 2 * (bits & 1)).reshape(len(masks), *event)
+    return 1 - 2 * (bits & 1)
 
 
 def _axis_bits(event: tuple[int, ...]) -> list[list[int]]:
@@ -268,14 +277,14 @@ def _axis_bits(event: tuple[int, ...]) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _code(event: tuple[int, ...]) -> Tensor:
+def _code(event: tuple[int, ...], device: str) -> Tensor:
     """The bits of every entry's index along all axes, as one integer, shape `event`."""
     code = torch.zeros(event, dtype=torch.int64)
     for axis, (n, masks) in enumerate(zip(event, _axis_bits(event), strict=True)):
         if masks:
             index = torch.arange(n) * masks[0]
             code += index.reshape(-1, *(1,) * (len(event) - axis - 1))
-    return code
+    return code.to(device)
 
 
 @functools.lru_cache(maxsize=8)
