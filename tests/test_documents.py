@@ -33,6 +33,14 @@ def test_the_readme_s_few_step_example_runs_on_the_first_model():
     assert names["x"].shape == (1000, 2)
 
 
+def test_the_readme_s_likelihoods_run_on_the_first_model():
+    """The block of the likelihood's options, on fewer of the first block's samples."""
+    names = {}
+    exec(PYTHON[0], names)
+    names["x"] = names["x"][:50]
+    exec(next(block for block in PYTHON if "plan_likelihood" in block), names)
+
+
 def test_the_readme_lists_every_method():
     table = (ROOT / "README.md").read_text()
     for name in METHODS:
