@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from scoresde.ode import MAX_NFE, NOT_FINITE, OK, STATUS_TEXT, STEP_TOO_SMALL, TABLEAUX, solve
+from scoresde.ode import MAX_NFE, NOT_FINITE, OK, STATUS_TEXT, STEP_TOO_SMALL, TABLEAUX, UNRESOLVED, solve
 
 METHODS = list(TABLEAUX)
 
@@ -214,7 +214,7 @@ def test_blow_up_ends_with_a_status():
     assert float(got.t[0]) == pytest.approx(1, abs=1e-3)
     assert int(got.status[1]) == OK
     assert float(got.y[1]) == pytest.approx(1 / 8, rel=1e-3)
-    assert set(STATUS_TEXT) == {OK, MAX_NFE, STEP_TOO_SMALL, NOT_FINITE}
+    assert set(STATUS_TEXT) == {OK, MAX_NFE, STEP_TOO_SMALL, NOT_FINITE, UNRESOLVED}
 
 
 @pytest.mark.parametrize("budget", [1, 30, 200])

@@ -141,12 +141,12 @@ def refined(
 def _integral(
     followed: Followed, divergence: Divergence, streams: Streams, rows: Tensor, key: Sequence[int], **options: Any
 ) -> Integral:
-    """`followed.integrate`, a quarter of a large batch at a time: its graphs hold what a forward evaluation lets go."""
+    """`followed.integrate`, an eighth of a large batch at a time: its graphs hold what a forward evaluation lets go."""
     n = len(rows)
     if n * followed.d <= LARGE:
         return followed.integrate(divergence, streams.source(rows, *key), **options)
     found = []
-    for i, part in enumerate(torch.arange(n, device=rows.device).split(math.ceil(n / 4))):
+    for i, part in enumerate(torch.arange(n, device=rows.device).split(math.ceil(n / 8))):
         source = streams.source(rows[part], *key, part=i)
         found.append(followed.part(part).integrate(divergence, source, **options))
     return Integral(*(torch.cat(values) for values in zip(*found, strict=True)))
