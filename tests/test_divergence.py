@@ -177,3 +177,14 @@ def test_errors():
             make()
     with pytest.raises(ValueError, match="use fewer, or Exact"):
         Hadamard(64, 1).probes((2, 12), torch.float32, RandomSource(0, "cpu", 2))
+
+
+def test_near_pixels_cancel_first_in_large_images():
+    """At 3 x 32 x 32 the first eight rows already part every entry from its neighbours and from its other channels."""
+    rows = hadamard_rows(range(8), (3, 32, 32)).double()
+    for a, b in (
+        (rows[:, :, :, 1:], rows[:, :, :, :-1]),
+        (rows[:, :, 1:], rows[:, :, :-1]),
+        (rows[:, 1:], rows[:, :-1]),
+    ):
+        assert ((a * b).mean(0) == 0).all()

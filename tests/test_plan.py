@@ -199,3 +199,20 @@ def test_bits_per_dim_with_a_survey_does_not_depend_on_chunks(image16):
     assert given.nfe == plan.nfe
     with pytest.raises(TypeError, match="plan"):
         bits_per_dim(model, pixels, plan="best", **options)
+
+
+def test_a_model_that_cannot_draw_is_scored_without_a_survey(monkeypatch, image16):
+    """Where the model's own samples cannot be had, bits/dim says so and takes the default plan."""
+    import scoresde.likelihood.plan as plan
+
+    def stiff(*args, **kwargs):
+        raise RuntimeError("the ODE solve failed in 8 of 8 samples")
+
+    model = image16.diffuse(VPSDE())
+    pixels = torch.full((2, 1, 4, 4), 128)
+    options = dict(levels=256, divergence=Hadamard(2, 2), rtol=1e-2, atol=1e-2)
+    expected = bits_per_dim(model, pixels, plan=None, **options)
+    monkeypatch.setattr(plan, "typical", stiff)
+    with pytest.warns(UserWarning, match="no survey of the model"):
+        got = bits_per_dim(model, pixels, **options)
+    assert torch.equal(got.per_example, expected.per_example)

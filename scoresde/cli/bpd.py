@@ -278,14 +278,14 @@ class Job:
 
     def _compute(self, c: int) -> Tensor:
         """Bits/dim of the images of chunk c (n,), which are then on disk."""
-        from scoresde import bits_per_dim, plan_likelihood
-        from scoresde.likelihood.bits import surveyed
+        from scoresde import bits_per_dim
+        from scoresde.likelihood.bits import survey_of, surveyed
         from scoresde.store import digest, write_json, write_tensors
 
         if "plan" not in self.options:  # once for all chunks; it depends on the model alone
             how = {name: self.options[name] for name in ("divergence", "rtol", "atol")}
             wanted = surveyed(self.net, how["divergence"], "decoupled")
-            self.options["plan"] = plan_likelihood(self.net, **how) if wanted else None
+            self.options["plan"] = survey_of(self.net, **how) if wanted else None
         rows = self._rows(c)
         start, cpu = time.perf_counter(), time.process_time()
         with warnings.catch_warnings():  # of images that do not finish the report speaks, once for all

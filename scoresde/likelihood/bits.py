@@ -125,7 +125,7 @@ def bits_per_dim(
     if plan != "auto":
         options["plan"] = plan
     elif cond is None and surveyed(model, divergence, method):
-        options["plan"] = plan_likelihood(model, divergence=divergence, rtol=rtol, atol=atol)
+        options["plan"] = survey_of(model, divergence=divergence, rtol=rtol, atol=atol)
     device = device_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
     total = data.shape[0] if hasattr(data, "shape") else None
@@ -159,6 +159,15 @@ def surveyed(model: ScoreModel, divergence: Divergence | None, method: str) -> b
         return False
     chosen = default_divergence(math.prod(model.event_shape)) if divergence is None else divergence
     return not isinstance(chosen, Exact)
+
+
+def survey_of(model: ScoreModel, **options: Any) -> Plan | None:
+    """`plan_likelihood` of the model's own examples; None, with a warning, where it cannot draw any."""
+    try:
+        return plan_likelihood(model, **options)
+    except RuntimeError as e:
+        warnings.warn(f"no survey of the model, the default plan is taken ({str(e).splitlines()[0]}).", stacklevel=3)
+        return None
 
 
 def summarize(per_draw: Tensor, trace_stderr: Tensor, nfe: Tensor, status: Tensor) -> BitsPerDim:
