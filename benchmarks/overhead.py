@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import METHODS, VPSDE, ScoreNet, sample
-from scoresde.nets import MLP, UNet
+from scoresde.nets import MLP, LeanUNet
 from scoresde.store import write_json
 
 STEPS = 50
@@ -65,7 +65,7 @@ def problems(device: torch.device) -> dict[str, Problem]:
     torch.manual_seed(0)
     found = {
         "mlp": Problem(Near(MLP(2, width=128, depth=3)), (512, 2), 50),
-        "unet": Problem(Near(UNet(1, 1, (8, 8))), (4, 1, 8, 8), 25),
+        "unet": Problem(Near(LeanUNet(1, 1, (8, 8))), (4, 1, 8, 8), 25),
         "null": Problem(Null(), (512, 2), 50),
     }
     for problem in found.values():

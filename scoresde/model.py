@@ -13,6 +13,7 @@ $D = a\,x + b\,F(c_{in} x, c_{noise})$, as Karras et al. 2022 (equation 7) do fo
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -24,7 +25,37 @@ from scoresde.bound import Bound, BoundNet, call_network, denoiser_affine, netwo
 from scoresde.modes import device_of
 from scoresde.sde import SDE, expand
 
-PARAMETERIZATIONS = ("noise", "score", "denoise", "velocity", "edm")
+PARAMETERIZATIONS = ("noise", "score", "denoise", "velocity", "edm", "scaled_score", "v_prediction")
+LABELS = ("time", "sigma", "log_sigma")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseLabel:
+    """What a network is told of the time: scale * quantity + shift.
+
+    The quantity is "time" (t itself), "sigma" (sigma / alpha, the noise level of Karras et al. 2022) or "log_sigma" (its
+    natural logarithm). NoiseLabel("time", 999) are the step numbers that the score networks of Song et al. 2021 for VP and
+    sub-VP were trained on, NoiseLabel("time", N - 1) those of a discrete schedule of N steps, NoiseLabel("log_sigma", 0.25) the
+    label of EDM. Raises `ValueError` for another quantity.
+    """
+
+    quantity: str = "time"
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.choice(self.quantity, LABELS, "noise label")
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        """The label at times t, of t's shape and dtype."""
+        if self.quantity == "time":
+            value = t
+        else:
+            value = -0.5 * sde.log_snr(t)
+            if self.quantity == "sigma":
+                value = value.exp()
+        value = value if self.scale == 1.0 else value * self.scale
+        return value if self.shift == 0.0 else value + self.shift
 
 
 class ScoreModel(nn.Module, ABC):
@@ -163,8 +194,11 @@ def check_input(model: Any, x: Any, cond: Any = None, name: str = "x") -> None:
         raise ValueError(f"{name} is on {x.device}, the model on {home}; move one with .to({str(home)!r}).")
 
 
+_FROM_NOISE = ("noise", "score", "scaled_score")  # what these predict is the noise, up to a factor
+
+
 class ScoreNet(ScoreModel):
-    """A network `net(x, label)` or `net(x, label, cond)` under one of five parameterizations.
+    """A network `net(x, label)` or `net(x, label, cond)` under one of seven parameterizations.
 
     | parameterization | the network predicts | it is given |
     |---|---|---|
@@ -173,10 +207,13 @@ class ScoreNet(ScoreModel):
     | denoise | E[x_0 given x_t] | x, t |
     | velocity | dx/dt of the probability flow, d alpha/dt x_0 + d sigma/dt eps | x, t |
     | edm | the unit-variance target of Karras et al. 2022, table 1 | x / sqrt(sigma^2 + alpha^2 sigma_data^2), ln(sigma/alpha)/4 |
+    | scaled_score | sigma times the score, which is -E[eps given x_t] | x, t |
+    | v_prediction | alpha eps - sigma x_0 (Salimans & Ho 2022, section 4) | x, t |
 
-    With x (B, *) the label has shape (B,). `denoise` of the noise and score parameterizations divides by alpha, so it
-    is undefined where alpha = 0 (rectified flow at t = 1). Raises `ValueError` for an unknown parameterization, or
-    when the network returns another shape than x's.
+    `label` replaces t (or the logarithm) by another noise label, see `NoiseLabel`: with it a network that was trained on
+    discrete steps or on sigma is used as it is. With x (B, *) the label has shape (B,). `denoise` of the noise and score
+    parameterizations divides by alpha, so it is undefined where alpha = 0 (rectified flow at t = 1). Raises `ValueError` for an
+    unknown parameterization, or when the network returns another shape than x's.
     """
 
     def __init__(
@@ -185,6 +222,7 @@ class ScoreNet(ScoreModel):
         sde: SDE,
         parameterization: str = "noise",
         *,
+        label: NoiseLabel | None = None,
         sigma_data: float = 1.0,
         event_shape: tuple[int, ...] | None = None,
         levels: int | None = None,
@@ -194,9 +232,10 @@ class ScoreNet(ScoreModel):
         self.net = net
         self.sde = sde
         self.parameterization = checks.choice(parameterization, PARAMETERIZATIONS, "parameterization")
-        if (
-            parameterization == "edm"
-        ):  # its label is the logarithm of the noise, which still changes where the noise is nearly 0
+        if label is not None and not isinstance(label, NoiseLabel):
+            raise TypeError(f"label must be a NoiseLabel such as NoiseLabel('time', 999), got {label!r}.")
+        self.label = label or (NoiseLabel("log_sigma", 0.25) if parameterization == "edm" else NoiseLabel())
+        if self.label.quantity == "log_sigma":  # which still changes where the noise is nearly 0
             self.flow_scales, self.trace_scales = (0.001, 0.003), (0.001, 0.05)
         self.sigma_data = checks.positive(sigma_data, "sigma_data")
         self.event_shape = None if event_shape is None else tuple(event_shape)
@@ -205,15 +244,16 @@ class ScoreNet(ScoreModel):
 
     @property
     def flow_end(self) -> float:
-        divides_by_alpha = self.parameterization in ("noise", "score")
+        divides_by_alpha = self.parameterization in _FROM_NOISE
         return self.sde.t_max if divides_by_alpha and float(self.sde.alpha(1.0)) == 0.0 else 1.0
 
     def inputs(self, t: Tensor) -> tuple[Tensor | None, Tensor]:
         """What the network is given at times t: the factor of x (None for 1) and the noise label."""
+        label = self.label(self.sde, t)
         if self.parameterization != "edm":
-            return None, t
+            return None, label
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        return torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2), -self.sde.log_snr(t) / 8
+        return torch.rsqrt(sigma**2 + (alpha * self.sigma_data) ** 2), label
 
     def output(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         scale, label = self.inputs(self.time_of(t, x))
@@ -247,6 +287,11 @@ class ScoreNet(ScoreModel):
             return 1 / alpha, -sigma / alpha, None, torch.ones_like(t)
         if kind == "score":
             return 1 / alpha, sigma**2 / alpha, None, -sigma
+        if kind == "scaled_score":
+            return 1 / alpha, sigma / alpha, None, -torch.ones_like(t)
+        if kind == "v_prediction":
+            total = alpha**2 + sigma**2
+            return alpha / total, -sigma / total, sigma / total, alpha / total
         if kind == "denoise":
             return None, torch.ones_like(t), 1 / sigma, -alpha / sigma
         if kind == "velocity":
@@ -288,7 +333,7 @@ class ScoreNet(ScoreModel):
         t = self.time_of(t, x)
         if self.parameterization == "velocity":
             return self.output(x, t, cond)
-        if self.parameterization in ("noise", "score"):
+        if self.parameterization in _FROM_NOISE:
             # alpha'/alpha x + (sigma' - sigma alpha'/alpha) eps: the form that never divides by sigma
             rate = self.sde.alpha_dot(t) / self.sde.alpha(t)
             gain = self.sde.sigma_dot(t) - self.sde.sigma(t) * rate

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from scoresde._version import __version__
-from scoresde.model import ScoreModel, ScoreNet
+from scoresde.model import NoiseLabel, ScoreModel, ScoreNet
 from scoresde.nets import NETS
 from scoresde.quantized import QuantizedScoreNet
 from scoresde.samplers import FewStep
 from scoresde.sde import SDES
 
-FORMAT = 1
+FORMAT = 2  # 2: noise labels; the lean U-Net has its own name
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SAMPLER_FILE = "sampler-"
@@ -120,7 +120,7 @@ def describe(model: ScoreModel) -> dict[str, Any]:
         sigma_data=model.sigma_data, event_shape=model.event_shape, levels=model.levels, value_range=model.value_range
     )
     if isinstance(model, ScoreNet):
-        options["parameterization"] = model.parameterization
+        options |= {"parameterization": model.parameterization, "label": dataclasses.asdict(model.label)}
     else:
         options["label_range"] = model.label_range
     return {
@@ -140,10 +140,15 @@ def build(config: dict[str, Any], source: str = "the configuration") -> ScoreMod
                 f"{source} was written by scoresde {config['version']} (format {config['format']}); this is "
                 f"{__version__} (format {FORMAT}). Upgrade scoresde to read it."
             )
-        net = NETS[config["net"]["name"]](**config["net"]["options"])
+        net_name, options = config["net"]["name"], dict(config["model"]["options"])
+        if config["format"] == 1 and net_name == "UNet":
+            net_name = "LeanUNet"
+        if isinstance(options.get("label"), dict):
+            options["label"] = NoiseLabel(**options["label"])
+        net = NETS[net_name](**config["net"]["options"])
         sde = SDES[config["sde"]["name"]](**config["sde"]["options"])
         kind = {"ScoreNet": ScoreNet, "QuantizedScoreNet": QuantizedScoreNet}[config["model"]["name"]]
-        return kind(net, sde, **config["model"]["options"])
+        return kind(net, sde, **options)
     except (KeyError, TypeError) as e:
         raise ValueError(f"{source} does not describe a scoresde model: {type(e).__name__}: {e}.") from e
 

@@ -19,7 +19,7 @@ from scoresde import CosineSDE, Hadamard, QuantizedScoreNet, bits_per_dim, store
 from scoresde.cli import bpd
 from scoresde.cli import main as entry
 from scoresde.data import Images, digits
-from scoresde.nets import UNet
+from scoresde.nets import LeanUNet
 
 N, BATCH, PROBES, RTOL = 7, 2, 2, 1e-1  # four chunks, the last of one image
 STARTS = [0, 2, 4, 6]
@@ -28,7 +28,7 @@ STARTS = [0, 2, 4, 6]
 def small_model(seed):
     """An untrained digits model."""
     torch.manual_seed(seed)
-    net = UNet(
+    net = LeanUNet(
         QuantizedScoreNet.input_channels(1), 17, (8, 8), channels=(8,), blocks=(1,), embedding=8, attention=False
     )
     with torch.no_grad():

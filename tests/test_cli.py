@@ -18,7 +18,7 @@ from scoresde import VPSDE, CosineSDE, QuantizedScoreNet, ScoreNet, store
 from scoresde.cli import commands
 from scoresde.cli import demo as demo_room
 from scoresde.cli import main as entry
-from scoresde.nets import MLP, UNet
+from scoresde.nets import MLP, LeanUNet
 from scoresde.samplers import ProbabilityFlow
 from scoresde.train import PRESETS, loop
 
@@ -61,7 +61,7 @@ def fails(capsys, *args, code=2):
 def model_path(tmp_path_factory):
     """A small untrained digits model in a folder."""
     torch.manual_seed(0)
-    net = UNet(
+    net = LeanUNet(
         QuantizedScoreNet.input_channels(1), 17, (8, 8), channels=(8,), blocks=(1,), embedding=8, attention=False
     )
     with torch.no_grad():

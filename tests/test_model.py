@@ -6,7 +6,7 @@ from torch import nn
 
 from scoresde import EDMSDE, VESDE, VPSDE, RectifiedFlow, ScoreModel, ScoreNet, denoising_loss, log_prob, sample
 from scoresde.flow import take_rows
-from scoresde.model import PARAMETERIZATIONS
+from scoresde.model import PARAMETERIZATIONS, NoiseLabel
 from scoresde.samplers import ProbabilityFlow
 from scoresde.sde import expand
 
@@ -33,6 +33,11 @@ class Oracle(nn.Module):
             small = expand(s**2 / (s**2 + self.sigma_data**2), wide) * y + expand(s**2 * alpha, wide) * score
             out = torch.where(expand(s < 1, wide).bool(), small, denoised - expand(c_skip, wide) * y)
             return (out / expand(c_out, wide)).to(x.dtype)
+        if self.kind == "scaled_score":
+            return -truth.noise(wide, label).to(x.dtype)
+        if self.kind == "v_prediction":
+            alpha, sigma = (expand(c(label), wide) for c in (truth.sde.alpha, truth.sde.sigma))
+            return (alpha * truth.noise(wide, label) - sigma * truth.denoise(wide, label)).to(x.dtype)
         return getattr(truth, self.kind)(wide, label).to(x.dtype)
 
 
@@ -63,7 +68,9 @@ def test_parameterizations_agree_with_the_exact_model(sde, full3, parameterizati
     eps = (
         60 * torch.finfo(dtype).eps * (1 + 40 * (dtype == torch.float64))
     )  # 3e-13 float64 schedule rounding at the ends
-    of_denoise = eps * (1 + (sigma / alpha if parameterization in ("noise", "score", "velocity") else 0))
+    of_denoise = eps * (
+        1 + (sigma / alpha if parameterization in ("noise", "score", "scaled_score", "velocity") else 0)
+    )
     of_noise = eps * (1 + (alpha / sigma if parameterization == "denoise" else 0))
     scale = 1 + truth.denoise(wide, t).abs().amax(1, keepdim=True)
 
@@ -180,7 +187,11 @@ def test_networks_of_the_wrong_shape_or_kind(parameterization):
 def test_construction_errors():
     """Unknown parameterizations are listed against; sigma_data is positive; ScoreModel is abstract."""
     with pytest.raises(ValueError, match="noise, score, denoise, velocity, edm"):
-        ScoreNet(Spy(), VPSDE(), "v")
+        ScoreNet(Spy(), VPSDE(), "eps")
+    with pytest.raises(ValueError, match="time, sigma, log_sigma"):
+        NoiseLabel("log_snr")
+    with pytest.raises(TypeError, match="NoiseLabel"):
+        ScoreNet(Spy(), VPSDE(), label="time")
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="sigma_data"):
             ScoreNet(Spy(), VPSDE(), sigma_data=bad)

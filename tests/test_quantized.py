@@ -22,7 +22,7 @@ from scoresde import (
     log_prob,
     sample,
 )
-from scoresde.nets import UNet
+from scoresde.nets import LeanUNet
 
 SDES = [VPSDE(), SubVPSDE(), VESDE(), CosineSDE(), EDMSDE(), RectifiedFlow()]
 LEVELS = 5
@@ -405,7 +405,7 @@ def test_a_network_of_another_width_is_refused(outputs):
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_finite_at_both_ends(sde, t):
     """sigma = 0 at t = 0 for three of them, alpha = 0 at t = 1 for one: D and eps stay finite, D = x where there is no noise."""
-    net = QuantizedScoreNet(UNet(QuantizedScoreNet.input_channels(1), 5, (4,), channels=(8,), blocks=(1,)), sde, 5)
+    net = QuantizedScoreNet(LeanUNet(QuantizedScoreNet.input_channels(1), 5, (4,), channels=(8,), blocks=(1,)), sde, 5)
     x = torch.linspace(-0.95, 0.95, 8).reshape(2, 1, 4)
     denoised, noise = net.predict(x, t)
     assert torch.isfinite(denoised).all()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, QuantizedScoreNet, RectifiedFlow, ScoreNet, SubVPSDE, load, store
-from scoresde.nets import MLP, UNet
+from scoresde.nets import MLP, LeanUNet
 
 SMALL = dict(channels=(4, 8), blocks=(1, 1), embedding=8, positions=2)
 
@@ -37,14 +37,14 @@ def mlp_model(sde=None, parameterization="edm", **options):
 def quantized_model(sde=None, shape=(1, 4, 4), levels=5, **options):
     torch.manual_seed(0)
     c, *size = shape
-    net = UNet(QuantizedScoreNet.input_channels(c), levels * c, size, cond_dim=2, dropout=0.1, **SMALL)
+    net = LeanUNet(QuantizedScoreNet.input_channels(c), levels * c, size, cond_dim=2, dropout=0.1, **SMALL)
     sde = CosineSDE(-10.0, 16.0) if sde is None else sde
     return shaken(QuantizedScoreNet(net, sde, levels, event_shape=shape, **options))
 
 
 def unet_model(shape=(2, 4, 4)):
     torch.manual_seed(0)
-    net = UNet(shape[0], shape[0], shape[1:], **SMALL)
+    net = LeanUNet(shape[0], shape[0], shape[1:], **SMALL)
     return shaken(ScoreNet(net, EDMSDE(0.01, 30.0, rho=5.0), "noise", sigma_data=0.3, levels=7, value_range=(0, 1)))
 
 

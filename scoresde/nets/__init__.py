@@ -1,8 +1,9 @@
 """Networks in plain PyTorch: `net(x, label, cond=None)` with a noise label (B,)."""
 
+from scoresde.nets.lean import LeanUNet
 from scoresde.nets.mlp import MLP
 from scoresde.nets.unet import UNet
 
-NETS: dict[str, type] = {"UNet": UNet, "MLP": MLP}
+NETS: dict[str, type] = {c.__name__: c for c in (UNet, LeanUNet, MLP)}
 
-__all__ = ["MLP", "NETS", "UNet"]
+__all__ = ["MLP", "NETS", "LeanUNet", "UNet"]

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import NoiseEmbedding, zero_
+from scoresde.nets.blocks import zero_
+from scoresde.nets.embedding import NoiseEmbedding
 
 
 class MLP(nn.Module):

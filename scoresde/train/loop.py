@@ -25,7 +25,7 @@ from scoresde.data import LABELS, Images, augmented, digits, load_images
 from scoresde.likelihood import bits_from_nats, dequantize, elbo
 from scoresde.losses import denoising_loss, mean_weight
 from scoresde.model import ScoreModel, ScoreNet
-from scoresde.nets import UNet
+from scoresde.nets import LeanUNet
 from scoresde.progress import bar
 from scoresde.quantized import QuantizedScoreNet
 from scoresde.rng import derive
@@ -80,7 +80,7 @@ def build_model(options: TrainOptions, images: Images) -> ScoreModel:
     common = dict(sigma_data=options.sigma_data, event_shape=images.event_shape)
     quantized = options.parameterization == "levels"
     with _seeded(derive(options.seed, 0x1217)):
-        net = UNet(
+        net = LeanUNet(
             QuantizedScoreNet.input_channels(channels) if quantized else channels,
             channels * images.levels if quantized else channels,
             size,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from scoresde.nets import MLP, NETS, UNet
-from scoresde.nets.blocks import AttentionBlock, NoiseEmbedding
+from scoresde.nets import MLP, NETS, LeanUNet
+from scoresde.nets.embedding import NoiseEmbedding
+from scoresde.nets.lean import AttentionBlock
 
 SMALL = dict(channels=(8, 16), blocks=(1, 2), embedding=16, positions=2)
 SIZES = {"1D": (8,), "2D": (4, 6), "3D": (2, 4, 2)}
@@ -12,7 +13,7 @@ SIZES = {"1D": (8,), "2D": (4, 6), "3D": (2, 4, 2)}
 
 def unet(size, in_channels=2, out_channels=3, seed=0, **options):
     torch.manual_seed(seed)
-    return UNet(in_channels, out_channels, size, **(SMALL | options)).eval()
+    return LeanUNet(in_channels, out_channels, size, **(SMALL | options)).eval()
 
 
 def mlp(dim=5, seed=0, **options):
@@ -40,7 +41,7 @@ def kinds(**options):
     return cases + [(unet(size, in_channels=2, out_channels=2, **options), (3, 2, *size)) for size in SIZES.values()]
 
 
-KIND_IDS = ["MLP", *(f"UNet-{k}" for k in SIZES)]
+KIND_IDS = ["MLP", *(f"LeanUNet-{k}" for k in SIZES)]
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
