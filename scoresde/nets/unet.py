@@ -79,7 +79,7 @@ class UNet(nn.Module):
         size: Sequence[int],
         *,
         width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
+        multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 4,
         attention: Sequence[int] = (16,),
         attention_up: str = "last",
@@ -116,7 +116,7 @@ class UNet(nn.Module):
         _check(given, size, multipliers, attention)
         rank, levels = len(size), len(multipliers)
         lengths = [size[-1] // 2**i for i in range(levels)]
-        widths = [width * m for m in multipliers]
+        widths = [round(width * m) for m in multipliers]
         self.rescale_input, self.factor = rescale_input, 2 ** (levels - 1)
 
         norm = functools.partial(_norm, group_channels=group_channels, max_groups=max_groups, eps=eps)

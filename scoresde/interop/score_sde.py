@@ -1,0 +1,321 @@
+"""Checkpoints of score_sde_pytorch (Song et al. 2021): DDPM, DDPM++ and NCSN++ under VP, sub-VP and VE. Layer 4.
+
+Their files hold the weights in order of construction, `module.all_modules.{i}`, and no options; those come from the
+configuration. What the originals do around the network is said here by a `ScoreNet`:
+
+| SDE | data | label | the score is |
+|---|---|---|---|
+| VP, sub-VP, continuous | [-1, 1] | 999 t | -output / sigma |
+| VP, discrete | [-1, 1] | (N - 1) t | -output / sigma, sigma of the discrete schedule |
+| VE, continuous | [0, 1] | ln sigma, Fourier features | output / sigma |
+| VE, discrete | [0, 1] | (N - 1)(1 - t) | output / sigma |
+
+Discrete networks are given labels between their steps too; the originals round t to a step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.interop.files import Weights, read_config, read_torch
+from scoresde.model import NoiseLabel, ScoreNet
+from scoresde.nets.unet import UNet
+from scoresde.sde import SDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
+
+Names = Iterator[tuple[str, Tensor]]
+
+
+def load_score_sde(path: str | os.PathLike[str], config: Any = None, *, ema: bool = True) -> ScoreNet:
+    """The model of a `checkpoint_N.pth`, or of a folder with one (the newest of several).
+
+    `config` are the options of the original's configuration: a dict (nested as theirs), a JSON or YAML file, or the name of
+    a published one such as "vp/cifar10_ddpmpp_continuous"; without it, `config.json` beside the checkpoint. `ema` takes the
+    averaged parameters, which are the ones the papers report. The network is in evaluation mode, on the CPU.
+
+    Raises `FileNotFoundError`, and `ValueError` for damaged files, files with code, options that are not supported and weights
+    that do not fit them.
+    """
+    file = checkpoint_file(path)
+    if config is None:
+        beside = file.parent / "config.json"
+        if not beside.is_file():
+            raise ValueError(
+                f"{file} does not carry its options; give config=: the original's as a dict or a JSON file, or one of "
+                f"{', '.join(PUBLISHED)}."
+            )
+        config = beside
+    options = read_config(config, PUBLISHED)
+    state = read_torch(file)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        found = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"{file} is no checkpoint of score_sde_pytorch: it should hold 'model' and 'ema', has {found}."
+        )
+    tensors = _parameters(state, ema, str(file))
+    weights = Weights({k.removeprefix("module."): v for k, v in tensors.items()}, str(file))
+    weights.ignore(["sigmas"])
+    model = build_score_sde(options, weights)
+    weights.fill(model.net, dict(_renamed(model.net, weights)))
+    return model.eval()
+
+
+def checkpoint_file(path: str | os.PathLike[str]) -> Path:
+    """The newest `checkpoint_N.pth` of a folder, or the file itself."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("checkpoint*.pth"), key=lambda p: (len(p.name), p.name))
+    if not found:
+        raise FileNotFoundError(f"{path} holds no checkpoint_N.pth.")
+    return found[-1]
+
+
+def build_score_sde(options: dict[str, Any], weights: Weights) -> ScoreNet:
+    """An untrained model from the original's options; the width is read off the weights. Raises `ValueError`."""
+    try:
+        training, data, net = options["training"], options["data"], options["model"]
+        continuous, kind = bool(training["continuous"]), str(training["sde"]).lower()
+        sde, label, parameterization = _process(kind, continuous, net)
+        channels, size = int(data.get("num_channels", 3)), int(data["image_size"])
+        centred = bool(data["centered"])
+        if kind == "vesde" and not net.get("scale_by_sigma", True):
+            parameterization = "score"
+        elif kind != "vesde" and net.get("scale_by_sigma", False):
+            raise ValueError("scale_by_sigma is supported for the VE SDE only.")
+        made = UNet(channels, channels, (size, size), **_unet_options(net, size, weights), rescale_input=not centred)
+    except KeyError as e:
+        raise ValueError(f"the configuration lacks the option {e}; give the original's in full.") from e
+    return ScoreNet(
+        made,
+        sde,
+        parameterization,
+        label=label,
+        sigma_data=0.5 if centred else 0.25,
+        event_shape=(channels, size, size),
+        levels=256,
+        value_range=(-1.0, 1.0) if centred else (0.0, 1.0),
+    )
+
+
+def _process(kind: str, continuous: bool, net: dict[str, Any]) -> tuple[SDE, NoiseLabel, str]:
+    steps = int(net.get("num_scales", 1000))
+    fourier = net["name"] != "ddpm" and str(net.get("embedding_type", "positional")).lower() == "fourier"
+    if kind == "vesde":
+        sde = VESDE(float(net["sigma_min"]), float(net["sigma_max"]))
+        if continuous != fourier:
+            raise ValueError("VE checkpoints have Fourier embeddings if continuous and positional ones if discrete.")
+        return (
+            sde,
+            NoiseLabel("log_sigma") if continuous else NoiseLabel("time", 1.0 - steps, steps - 1.0),
+            "scaled_score",
+        )
+    if fourier:
+        raise ValueError("Fourier embeddings are supported for the VE SDE only.")
+    low, high = float(net["beta_min"]), float(net["beta_max"])
+    if kind == "subvpsde":
+        return SubVPSDE(low, high), NoiseLabel("time", 999.0), "noise"
+    if kind == "vpsde":
+        if continuous:
+            return VPSDE(low, high), NoiseLabel("time", 999.0), "noise"
+        return DiscreteVPSDE.linear(low / steps, high / steps, steps), NoiseLabel("time", steps - 1.0), "noise"
+    raise ValueError(f"unknown SDE {kind!r} in training.sde; known are vpsde, subvpsde and vesde.")
+
+
+def _unet_options(net: dict[str, Any], size: int, weights: Weights) -> dict[str, Any]:
+    """`UNet`'s options from the original's `model` section."""
+    name = str(net["name"]).lower()
+    for option, wanted in (("normalization", "groupnorm"), ("nonlinearity", "swish"), ("attention_type", "ddpm")):
+        if str(net.get(option, wanted)).lower() != wanted:
+            raise ValueError(f"{option} {net[option]!r} is not supported; published U-Nets have {wanted}.")
+    if not net.get("conditional", True) or not net.get("resamp_with_conv", True):
+        raise ValueError("networks without noise labels or with bare resampling are not supported.")
+    multipliers = tuple(int(m) for m in net["ch_mult"])
+    lengths = [size // 2**i for i in range(len(multipliers))]
+    options = dict(
+        width=_width(weights, int(net["nf"])),
+        multipliers=multipliers,
+        blocks=int(net["num_res_blocks"]),
+        attention=tuple(n for n in net["attn_resolutions"] if n in lengths),
+        dropout=float(net.get("dropout", 0.0)),
+    )
+    if name == "ddpm":
+        return options | dict(residual="ddpm", resample="conv", rescale_skips=False, group_channels=1)
+    if name != "ncsnpp":
+        raise ValueError(f"the network {name!r} is not supported; known are ddpm and ncsnpp (which DDPM++ is, too).")
+    residual, fir = str(net["resblock_type"]).lower(), bool(net["fir"])
+    if residual == "ddpm" and fir:
+        raise ValueError("resblock_type 'ddpm' with fir does not run in the original either.")
+    if str(net["progressive"]).lower() == "residual":
+        raise ValueError("progressive 'residual' does not run in the original.")
+    kinds = {"none": "none", "input_skip": "skip", "output_skip": "skip", "residual": "residual"}
+    return options | dict(
+        residual=residual,
+        resample="fir" if fir else "conv" if residual == "ddpm" else "mean",
+        taps=tuple(net.get("fir_kernel", (1, 3, 3, 1))),
+        rescale_skips=bool(net["skip_rescale"]),
+        progressive_output=kinds[str(net["progressive"]).lower()],
+        progressive_input=kinds[str(net["progressive_input"]).lower()],
+        progressive_combine=str(net.get("progressive_combine", "sum")).lower(),
+        embedding=str(net["embedding_type"]).lower(),
+        fourier_scale=float(net.get("fourier_scale", 16)),
+    )
+
+
+def _width(weights: Weights, nf: int) -> int:
+    """Channels of the finest resolution: of the first convolution in the file."""
+    first = next((v for v in weights.left.values() if v.dim() == 4), None)
+    return nf if first is None else first.shape[0]
+
+
+def _parameters(state: dict[str, Any], ema: bool, source: str) -> dict[str, Tensor]:
+    """The model's tensors by name, the trainable ones replaced by their averages where asked for."""
+    tensors = {k: v for k, v in state["model"].items() if isinstance(v, Tensor)}
+    if not ema:
+        return tensors
+    shadow = (state.get("ema") or {}).get("shadow_params")
+    if shadow is None:
+        raise ValueError(f"{source} has no averaged parameters (ema.shadow_params); load it with ema=False.")
+    # the list has the trainable parameters in their order: the table of sigmas and the Fourier frequencies are not among them
+    names = [k for k, v in tensors.items() if not k.endswith("sigmas") and not (k.endswith(".0.W") and v.dim() == 1)]
+    if len(names) != len(shadow) or any(tensors[k].shape != v.shape for k, v in zip(names, shadow, strict=False)):
+        raise ValueError(
+            f"the {len(shadow)} averaged parameters in {source} are not those of its {len(names)} trainable ones."
+        )
+    return tensors | dict(zip(names, shadow, strict=True))
+
+
+def _renamed(net: UNet, weights: Weights) -> Names:
+    """Our names with the file's tensors, walking the network in the order in which the original builds it."""
+    place = 0
+
+    def layer(own: str, *, of: str = "") -> Names:
+        for kind in ("weight", "bias"):
+            yield (
+                f"{own}.{kind}",
+                weights.take(*(f"all_modules.{place}.{n}{kind}" for n in (of.split("|") if of else [""]))),
+            )
+
+    def linear(own: str, number: int, *, conv: bool = False) -> Names:
+        matrix = weights.take(f"all_modules.{place}.NIN_{number}.W").t()
+        yield f"{own}.weight", matrix[..., None, None] if conv and matrix.numel() else matrix
+        yield f"{own}.bias", weights.take(f"all_modules.{place}.NIN_{number}.b")
+
+    def residual(own: str, block: Any) -> Names:
+        parts = (("norm1", "GroupNorm_0."), ("conv1", "Conv_0."), ("modulate", "Dense_0."))
+        for ours, theirs in (*parts, ("norm2", "GroupNorm_1."), ("conv2", "Conv_1.")):
+            yield from layer(f"{own}.{ours}", of=theirs)
+        if not isinstance(block.skip, torch.nn.Identity):
+            if f"all_modules.{place}.NIN_0.W" in weights:
+                yield from linear(f"{own}.skip", 0, conv=True)
+            else:
+                yield from layer(f"{own}.skip", of="Conv_2.")
+
+    def attention(own: str) -> Names:
+        yield from layer(f"{own}.norm", of="GroupNorm_0.")
+        parts = [dict(linear("", i)) for i in range(3)]
+        if not weights.missing:
+            for kind in ("weight", "bias"):
+                yield f"{own}.qkv.{kind}", torch.cat([p[f".{kind}"] for p in parts])
+        yield from linear(f"{own}.out", 3)
+
+    def head(own: str) -> Names:
+        nonlocal place
+        yield from layer(f"{own}.norm")
+        place += 1
+        yield from layer(f"{own}.conv")
+        place += 1
+
+    if net.embed.turn != 1.0:
+        yield "embed.frequencies", weights.take(f"all_modules.{place}.W")
+        place += 1
+    else:
+        yield "embed.frequencies", net.embed.frequencies
+    for own in ("embed.first", "embed.second", "enter"):
+        yield from layer(own)
+        place += 1
+    for way in ("down", "middle", "up"):
+        if way == "middle":
+            for i in range(3):
+                yield from attention("middle.1") if i == 1 else residual(f"middle.{i}", net.middle[i])
+                place += 1
+            continue
+        for i, stage in enumerate(getattr(net, way)):
+            for k, block in enumerate(stage.blocks):
+                yield from residual(f"{way}.{i}.blocks.{k}", block)
+                place += 1
+                if not isinstance(stage.attention[k], torch.nn.Identity):
+                    yield from attention(f"{way}.{i}.attention.{k}")
+                    place += 1
+            own = f"{way}.{i}"
+            if way == "up" and stage.pyramid is not None:
+                if getattr(stage.pyramid, "head", None) is not None:
+                    yield from head(f"{own}.pyramid.head")
+                else:
+                    yield from layer(f"{own}.pyramid.up.conv", of="Conv_0.|Conv2d_0.")
+                    place += 1
+            if stage.resample is not None:
+                if hasattr(stage.resample, "norm1"):
+                    yield from residual(f"{own}.resample", stage.resample)
+                else:
+                    yield from layer(f"{own}.resample.conv", of="Conv_0.|Conv2d_0.")
+                place += 1
+            if way == "down" and stage.pyramid is not None:
+                inner = "conv" if hasattr(stage.pyramid, "conv") else "down.conv"
+                yield from layer(f"{own}.pyramid.{inner}", of="Conv_0.|Conv2d_0.")
+                place += 1
+    if net.leave is not None:
+        yield from head("leave")
+
+
+def _published() -> dict[str, dict[str, Any]]:
+    """The published configurations by the name of their file, as far as they decide the model."""
+
+    def options(sde: str, continuous: bool, size: int, centred: bool, **model: Any) -> dict[str, Any]:
+        base = dict(sigma_min=0.01, sigma_max=50, num_scales=1000, beta_min=0.1, beta_max=20.0, nf=128)
+        return {
+            "training": {"sde": sde, "continuous": continuous},
+            "data": {"image_size": size, "centered": centred, "num_channels": 3},
+            "model": base | {"scale_by_sigma": sde == "vesde", "attn_resolutions": (16,)} | model,
+        }
+
+    ddpm = dict(name="ddpm", ch_mult=(1, 2, 2, 2), num_res_blocks=2, dropout=0.1)
+    plus = dict(name="ncsnpp", skip_rescale=True, resblock_type="biggan", progressive="none", progressive_combine="sum")
+    plus |= dict(fir_kernel=(1, 3, 3, 1), fourier_scale=16)
+    cifar = plus | dict(ch_mult=(1, 2, 2, 2), num_res_blocks=4, dropout=0.1)
+    ncsnpp = cifar | dict(fir=True, progressive_input="residual", embedding_type="positional")
+    ddpmpp = cifar | dict(fir=False, progressive_input="none", embedding_type="positional")
+    fourier, deep = dict(embedding_type="fourier"), dict(num_res_blocks=8)
+    found = {}
+    for family, sde in (("vp", "vpsde"), ("subvp", "subvpsde")):
+        for name, net in (("ncsnpp", ncsnpp), ("ddpmpp", ddpmpp)):
+            found[f"{family}/cifar10_{name}_continuous"] = options(sde, True, 32, True, **net)
+            found[f"{family}/cifar10_{name}_deep_continuous"] = options(sde, True, 32, True, **net | deep)
+    found["subvp/cifar10_ddpm_continuous"] = options("subvpsde", True, 32, True, **ddpm)
+    found["vp/ddpm/cifar10_continuous"] = options("vpsde", True, 32, True, **ddpm)
+    found["vp/ddpm/cifar10"] = options("vpsde", False, 32, True, **ddpm)
+    found["vp/cifar10_ncsnpp"] = options("vpsde", False, 32, True, **ncsnpp)
+    found["vp/cifar10_ddpmpp"] = options("vpsde", False, 32, True, **ddpmpp)
+    wide = ddpm | dict(ch_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
+    for name in ("bedroom", "celebahq", "church"):
+        found[f"vp/ddpm/{name}"] = options("vpsde", False, 256, True, **wide)
+    found["ve/cifar10_ncsnpp_continuous"] = options("vesde", True, 32, False, **ncsnpp | fourier)
+    found["ve/cifar10_ncsnpp_deep_continuous"] = options("vesde", True, 32, False, **ncsnpp | fourier | deep)
+    found["ve/cifar10_ncsnpp"] = options("vesde", False, 32, False, **ncsnpp)
+    found["ve/cifar10_ddpm"] = options("vesde", False, 32, False, **ddpm)
+    skips = plus | fourier | dict(fir=True, progressive="output_skip", progressive_input="input_skip", num_scales=2000)
+    large = skips | dict(ch_mult=(1, 1, 2, 2, 2, 2, 2), num_res_blocks=2)
+    for name, top in (("bedroom", 378), ("church", 380), ("celebahq_256", 348), ("ffhq_256", 348)):
+        found[f"ve/{name}_ncsnpp_continuous"] = options("vesde", True, 256, False, **large | dict(sigma_max=top))
+    huge = skips | dict(ch_mult=(1, 2, 4, 8, 16, 32, 32, 32), num_res_blocks=1, nf=16, sigma_max=1348)
+    for name in ("celebahq", "ffhq"):
+        found[f"ve/{name}_ncsnpp_continuous"] = options("vesde", True, 1024, False, **huge)
+    return found
+
+
+PUBLISHED = _published()
