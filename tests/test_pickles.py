@@ -1,6 +1,5 @@
 """Snapshots of EDM and EDM2: what is read equals what was written, and nothing in a file is ever executed."""
 
-import builtins
 import contextlib
 import copyreg
 import functools
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,20 +19,9 @@ from torch import nn
 
 from scoresde.interop.pickles import Record, network_of, read_pickle
 
-# --- what writes the files: the two modules of theirs in miniature, there while a file is written and gone after -------
-
-SOURCE = "raise SystemExit('the source code of a snapshot was executed')"
-
 
 class EasyDict(dict):
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __setattr__(self, name, value):
-        self[name] = value
+    """Theirs has attribute access besides, of which nothing is written."""
 
 
 def _reconstruct_persistent_obj(meta):
@@ -48,7 +35,7 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 class Persistent:
     """Reduces itself as a persistent object does: its class's source text, its name and its attributes."""
 
-    source = SOURCE
+    source = "raise SystemExit('the source code of a snapshot was executed')"
 
     def __reduce__(self):
         state = super().__reduce__()[2]
@@ -59,10 +46,8 @@ class Persistent:
 class Block(Persistent, nn.Module):
     def __init__(self, width, attention=False):
         super().__init__()
-        self._init_args, self._init_kwargs = (width,), dict(attention=attention)
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.norm = nn.BatchNorm2d(width)
-        self.skip = None
+        self._init_args, self._init_kwargs, self.skip = (width,), dict(attention=attention), None
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
         self.register_parameter("bias", None)
         self.register_buffer("resample", torch.ones(2, 2, dtype=torch.float16))
         self.register_buffer("scratch", torch.full((5,), 7.0), persistent=False)
@@ -74,13 +59,11 @@ class EDMPrecond(Persistent, nn.Module):
         self._init_args, self._init_kwargs = (), EasyDict(width=width, sigma_data=np.float64(0.5), **kwargs)
         self.table = nn.ModuleDict({"8x8": Block(width), "4x4": Block(width, attention=True)})
         self.layers = nn.ModuleList([nn.Linear(width, 3).bfloat16(), nn.SiLU(), nn.Linear(3, 2, bias=False).half()])
-        self.tied = nn.Linear(2, 2)
-        self.tied_too = self.tied
+        self.tied = self.tied_too = nn.Linear(2, 2)
         self.other = nn.Linear(2, 2)
         self.other.weight = self.tied.weight
         self.view = nn.Parameter(torch.arange(12.0).reshape(3, 4).t()[1:], requires_grad=False)
-        self.empty = nn.Parameter(torch.zeros(0, 3))
-        self.scalar = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.empty, self.scalar = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
         self.register_buffer("steps", torch.arange(4))
 
 
@@ -102,8 +85,12 @@ def dumped(content, protocol=4):
     fakes = {n: types.ModuleType(n) for n in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")}
     fakes["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     fakes["dnnlib.util"].EasyDict = EasyDict
-    with mock.patch.dict(sys.modules, fakes):
+    sys.modules.update(fakes)
+    try:
         return pickle.dumps(content, protocol)
+    finally:
+        for name in fakes:
+            del sys.modules[name]
 
 
 def written(tmp_path, content, protocol=4):
@@ -114,26 +101,20 @@ def written(tmp_path, content, protocol=4):
 
 @pytest.fixture(scope="module")
 def net():
-    torch.manual_seed(0)
     return EDMPrecond(img_resolution=8, label_dim=10, dtype=torch.float32)
-
-
-# --- faithful files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_everything_in_a_snapshot_is_read(tmp_path, net, protocol):
-    content = EasyDict(ema=net, loss_fn=EDMLoss(), encoder=Encoder(), dataset_kwargs=EasyDict(path="a.zip", max=None))
-    content.more = [{1, "a"}, frozenset({2}), b"x", b"", bytearray(b"q"), torch.device("cuda:0"), torch.Size([3]), 2.5]
-    content.more += [-1, 2**70, True, (1, (2,)), torch.float16, OrderedDict(a=1), np.zeros((0, 2)), nn.Linear, net.view]
+    more = [{1, "a"}, frozenset({2}), b"x", b"", bytearray(b"q"), torch.device("cuda:0"), torch.Size([3]), 2.5, -1]
+    more += [2**70, True, (1, (2,)), torch.float16, OrderedDict(a=1), np.zeros((0, 2)), nn.Linear, net.view]
+    options = EasyDict(path="a.zip", max=None)
+    content = EasyDict(ema=net, loss_fn=EDMLoss(), encoder=Encoder(), dataset_kwargs=options, more=more)
     path = written(tmp_path, content, protocol)
-    before = set(sys.modules)
-    read = read_pickle(path)
-    assert set(sys.modules) == before
-    record = network_of(path)
+    read, record = read_pickle(path), network_of(path)
+    assert not {"torch_utils", "dnnlib"} & set(sys.modules)
     state, expected = record.state_dict(), net.state_dict()
     assert list(state) == list(expected)
-    assert "table.8x8.resample" in state
     assert "table.8x8.scratch" not in state
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)  # compares types and shapes too
@@ -142,19 +123,17 @@ def test_everything_in_a_snapshot_is_read(tmp_path, net, protocol):
     EDMPrecond().load_state_dict(state)
     assert (record.class_name, record.module, record.init_args) == ("EDMPrecond", "torch_utils.persistence", ())
     assert record.init_kwargs == net._init_kwargs
-    assert record.init_kwargs["img_resolution"] == 8
     linear = record.state["_modules"]["tied"]
     assert (linear.class_name, linear.module, linear.state["in_features"]) == ("Linear", "torch.nn.modules.linear", 2)
     blocks = record.state["_modules"]["table"].state["_modules"]
     assert (blocks["4x4"].init_args, blocks["4x4"].init_kwargs) == ((4,), {"attention": True})
     assert (read["loss_fn"].class_name, read["loss_fn"].state["P_mean"]) == ("EDMLoss", -1.2)
-    assert read["dataset_kwargs"] == dict(path="a.zip", max=None)
-    assert read["encoder"].init_kwargs == {}
+    assert (read["dataset_kwargs"], read["encoder"].init_kwargs) == (options, {})
     for name in ("scale", "bias", "strided"):
-        array = vars(content.encoder)[name]
+        array = vars(content["encoder"])[name]
         assert read["encoder"].state[name].dtype == array.dtype
         np.testing.assert_array_equal(read["encoder"].state[name], array)
-    assert read["more"][:-3] == content.more[:-3]
+    assert read["more"][:-3] == more[:-3]
     assert read["more"][-3].shape == (0, 2)
     assert not callable(read["more"][-2])
     assert read["more"][-1] is read["ema"].state["_parameters"]["view"]
@@ -191,9 +170,6 @@ def test_other_files_are_told_apart(tmp_path, net):
             read_pickle(written(tmp_path, data))
 
 
-# --- files made to do harm --------------------------------------------------------------------------------------------
-
-
 class Call:
     """Pickles as a call of any function, as in every published attack."""
 
@@ -206,10 +182,9 @@ class Call:
 
 def refused(tmp_path, data, *names):
     """The file is refused naming what it asks for, and what it would run has not run."""
-    marker = tmp_path / "ran"
     with pytest.raises(ValueError) as caught:
         read_pickle(written(tmp_path, data))
-    assert not marker.exists()
+    assert not (tmp_path / "ran").exists()
     assert "Nothing in it was executed" in str(caught.value)
     for name in names:
         assert name in str(caught.value)
@@ -222,21 +197,16 @@ def touch(tmp_path):
 def test_calls_are_refused_by_name(tmp_path):
     code = touch(tmp_path)
     calls = {
-        f"{os.name}.system": Call(os.system, f"touch {tmp_path}/ran"),
-        "builtins.eval": Call(eval, code),
-        "builtins.exec": Call(exec, code),
-        "builtins.getattr": Call(getattr, "x", "upper"),
-        "builtins.__import__": Call(builtins.__import__, "os"),
-        "subprocess.Popen": Call(subprocess.Popen, ["touch", f"{tmp_path}/ran"]),
-        "functools.partial": Call(functools.partial, eval, code),
-        "torch.serialization.load": Call(torch.load, f"{tmp_path}/x"),
-        "numpy.load": Call(np.load, f"{tmp_path}/x"),
-        "copyreg._reconstructor": Call(copyreg._reconstructor, OrderedDict, dict, {}),
-    }
+        f"{os.name}.system": (os.system, f"touch {tmp_path}/ran"), "builtins.eval": (eval, code),
+        "builtins.exec": (exec, code), "builtins.getattr": (getattr, "x", "upper"), "numpy": (np.load, "x"),
+        "builtins.__import__": (__import__, "os"), "subprocess.Popen": (subprocess.Popen, ["touch", f"{tmp_path}/ran"]),
+        "functools.partial": (functools.partial, eval, code), "torch.serialization.load": (torch.load, "x"),
+        "copyreg._reconstructor": (copyreg._reconstructor, OrderedDict, dict, {}),
+    }  # fmt: skip
     for name, call in calls.items():
-        refused(tmp_path, dumped({"ema": call}), name.replace("numpy.load", "numpy"))  # which has moved between modules
-        refused(tmp_path, dumped({"ema": nn.ModuleDict({"a": nn.Linear(1, 1)}), "z": [call]}, 2), "it names")
-    pickle.loads(dumped(calls["builtins.exec"]))  # the same bytes do run where pickle reads them
+        refused(tmp_path, dumped({"ema": Call(*call)}), "it names", name)
+        refused(tmp_path, dumped({"ema": nn.ModuleDict({"a": nn.Linear(1, 1)}), "z": [Call(*call)]}, 2), "it names")
+    pickle.loads(dumped(Call(exec, code)))  # the same bytes do run where pickle reads them
     assert (tmp_path / "ran").exists()
 
 
@@ -264,19 +234,14 @@ MAKE = {  # what may be on the stack when an instruction comes that would act on
 
 def test_instructions_act_only_on_what_they_are_for(tmp_path):
     text = {n: b"X" + struct.pack("<I", len(n)) + n.encode() for n in ("__class__", "__reduce__", "__setstate__", "k")}
-    target = b"c_codecs\nencode\n"
+    extensions = {b"Na.": "list", b"(NNe.": "list", b"(NN\x90.": "set", b"NNs.": "OrderedDict EasyDict"}
     for name, made in MAKE.items():
         for attribute in text.values():
-            state = b"}" + attribute + target + b"s"
+            state = b"}" + attribute + MAKE["function"] + b"s"
             for operands in (state, b"N" + state + b"\x86", state + b"N\x86"):
                 if (name, attribute, operands) != ("layer", text["k"], state):
                     refused(tmp_path, b"\x80\x04" + made + operands + b"b.", "was refused")
-        for kinds, tail in [
-            ("list", b"Na."),
-            ("list", b"(NNe."),
-            ("set", b"(NN\x90."),
-            ("OrderedDict EasyDict", b"NNs."),
-        ]:
+        for tail, kinds in extensions.items():
             if name not in kinds.split():
                 refused(tmp_path, b"\x80\x04" + made + tail, "was refused")
         if name != "function":
@@ -288,14 +253,12 @@ def test_instructions_act_only_on_what_they_are_for(tmp_path):
 
 def test_instructions_no_snapshot_needs_are_refused(tmp_path, monkeypatch):
     command = f"S'touch {tmp_path}/ran'\n".encode()
-    refused(tmp_path, b"(" + command + b"ios\nsystem\n.")  # protocol 0
-    refused(tmp_path, b"\x80\x02(" + command + b"ios\nsystem\n.", "STRING")
-    refused(tmp_path, b"\x80\x02(ios\nsystem\n.", "INST")
-    refused(tmp_path, b"\x80\x02(cos\nsystem\n" + command + b"o.", "os.system")
-    refused(tmp_path, b"\x80\x02(" + LAYER + b"o.", "OBJ")
-    refused(tmp_path, b"\x80\x02Pabc\n.", "PERSID")
-    refused(tmp_path, b"\x80\x02X\x01\x00\x00\x00aQ.", "BINPERSID")
-    refused(tmp_path, b"\x80\x05\x97\x98.", "NEXT_BUFFER")
+    for name, data in {
+        "STRING": b"(" + command + b"ios\nsystem\n.", "INST": b"(ios\nsystem\n.", "OBJ": b"(" + LAYER + b"o.",
+        "os.system": b"(cos\nsystem\n" + command + b"o.", "PERSID": b"Pabc\n.", "BINPERSID": b"X\x01\x00\x00\x00aQ.",
+        "NEXT_BUFFER": b"\x97\x98.", "READONLY_BUFFER": b"N\x98.", "DUP": b"N2.", "protocol 7": b"\x80\x07N.",
+    }.items():  # fmt: skip
+        refused(tmp_path, b"\x80\x02" + data, "was refused", name)
     monkeypatch.setitem(copyreg._inverted_registry, 0x7B, ("builtins", "exec"))
     monkeypatch.setitem(copyreg._extension_cache, 0x7B, exec)  # a program that has registered it and used it before
     code = touch(tmp_path).encode()
@@ -306,37 +269,31 @@ def test_instructions_no_snapshot_needs_are_refused(tmp_path, monkeypatch):
     assert (tmp_path / "ran").exists()
 
 
-def storage_pickle(data):
-    return dumped({"ema": Call(torch.storage._load_from_bytes, data)})
-
-
 def test_nothing_hides_in_the_bytes_of_a_tensor(tmp_path):
+    def stored(data):
+        return {"ema": Call(torch.storage._load_from_bytes, data)}
+
     call = Call(exec, touch(tmp_path))
     for newer in (False, True):
         stream = io.BytesIO()
         torch.save({"x": torch.ones(2), "y": call}, stream, _use_new_zipfile_serialization=newer)
-        refused(tmp_path, storage_pickle(stream.getvalue()), "not in the format" if newer else "the bytes of a tensor")
+        refused(tmp_path, stored(stream.getvalue()), "not in the format" if newer else "the bytes of a tensor")
     real = torch.ones(3)._typed_storage().__reduce__()[1][0]
-    start = real[:15]
-    refused(tmp_path, storage_pickle(start + pickle.dumps(call, 2)), "__builtin__.exec")
-    refused(tmp_path, storage_pickle(start + pickle.dumps(call, 4)), "protocol")
-    for position in range(len(start), len(real)):  # a storage that was cut off
-        refused(tmp_path, storage_pickle(real[:position]))
+    refused(tmp_path, stored(real[:15] + pickle.dumps(call, 2)), "__builtin__.exec")
+    refused(tmp_path, stored(real[:15] + pickle.dumps(call, 4)), "protocol")
+    refused(tmp_path, stored(real[:15] + b"\x80\x02ctorch\nFloatStorage\n)R."), "instruction")
+    for position in range(15, len(real)):  # a storage that was cut off
+        refused(tmp_path, stored(real[:position]))
     with torch.serialization.safe_globals([exec]):  # what a program trusts elsewhere is not trusted here
-        refused(tmp_path, storage_pickle(real[:-12].replace(b"ctorch\nFloatStorage", b"c__builtin__\nexec")), "exec")
-    assert real.count(b"K\x03") == 1
-    refused(tmp_path, storage_pickle(real.replace(b"K\x03", b"K\x7f")))
-    listed = real.rindex(b"]q\x00")
-    unlisted = real[:listed] + b"]." + real[real.index(b".", listed) + 1 :]
-    refused(tmp_path, storage_pickle(unlisted), "of the size")  # its memory would be read without having been written
-    sizes = [((4,), (1,), 0), ((2, 2), (1, 2), 0), ((3,), (1,), 1), ((2,), (-1,), 1), ((1,), (), 0)]
-    for size, stride, offset in sizes:
-        made = Call(torch._utils._rebuild_tensor_v2, torch.ones(3)._typed_storage(), offset, size, stride, False, {})
-        refused(tmp_path, dumped({"ema": made}), "memory")
-    hooks = OrderedDict(a=1)
-    made = Call(torch._utils._rebuild_tensor_v2, torch.ones(3)._typed_storage(), 0, (3,), (1,), False, hooks)
-    refused(tmp_path, dumped({"ema": made}), "hooks")
-    refused(tmp_path, dumped({"ema": Call(torch._utils._rebuild_parameter, "abc", True, OrderedDict())}), "parameter")
+        refused(tmp_path, stored(real[:-12].replace(b"ctorch\nFloatStorage", b"c__builtin__\nexec")), "exec")
+    refused(tmp_path, stored(real.replace(b"K\x03", b"K\x7f")))
+    unlisted = real[: real.rindex(b"]q\x00")] + b"]." + real[-20:]
+    refused(tmp_path, stored(unlisted), "of the size")  # its memory would be read without having been written
+    tensor = functools.partial(Call, torch._utils._rebuild_tensor_v2, torch.ones(3)._typed_storage())
+    for places in [(0, (4,), (1,)), (0, (2, 2), (1, 2)), (1, (3,), (1,)), (1, (2,), (-1,)), (0, (1,), ())]:
+        refused(tmp_path, {"ema": tensor(*places, False, {})}, "memory")
+    refused(tmp_path, {"ema": tensor(0, (3,), (1,), False, {"a": 1})}, "hooks")
+    refused(tmp_path, {"ema": Call(torch._utils._rebuild_parameter, "abc", True, OrderedDict())}, "parameter")
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -347,7 +304,6 @@ def test_arrays_are_of_numbers(tmp_path, protocol):
     refused(tmp_path, dumped({"ema": np.zeros(2, "f4,f4")}, protocol), "not numeric")
     refused(tmp_path, dumped({"ema": np.zeros(2, np.dtype("f8").newbyteorder("S"))}, protocol), "byte order")
     data = dumped({"ema": np.arange(7.0)}, protocol)
-    assert data.count(b"K\x07") == 1
     refused(tmp_path, data.replace(b"K\x07", b"K\x09"), "does not fit")
 
 
@@ -380,17 +336,14 @@ def test_structures_without_end_are_refused(tmp_path):
 
 
 def test_damaged_files_raise_value_errors_only(tmp_path):
-    content = {"ema": Block(1), "encoder": Encoder(), "z": Call(exec, touch(tmp_path))}
-    data = dumped(content)
+    data = dumped({"ema": Block(1), "encoder": Encoder(), "z": Call(exec, touch(tmp_path))})
     for end in [*range(0, len(data), 41), *range(len(data) - 40, len(data) + 1)]:
         refused(tmp_path, data[:end])
-    del content["z"]
-    data = dumped(content)
+    data = dumped({"ema": Block(1), "encoder": Encoder()})
     for seed in range(150):
-        g = np.random.default_rng(seed)
-        changed = bytearray(data)
-        for _ in range(3):
-            changed[g.integers(2, len(data))] = g.integers(256)
+        g, changed = np.random.default_rng(seed), bytearray(data)
+        for place in g.integers(2, len(data), 3):
+            changed[place] = g.integers(256)
         with contextlib.suppress(ValueError):
             network_of(written(tmp_path, bytes(changed))).state_dict()
     assert network_of(written(tmp_path, data)).state_dict()

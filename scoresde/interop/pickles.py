@@ -16,7 +16,8 @@ Limits. Only weights and constructor arguments are recovered, not behaviour: the
 over and a `Record` cannot be called. Options are plain dicts, without attribute access. EDM2's networks have no
 counterpart in this package; their weights are for a live network of your own, `net.load_state_dict(
 record.state_dict())`, with `net` made from NVIDIA's code and `record.init_kwargs`. Pickle protocols 2 to 5, version 6
-of NVIDIA's format, dense tensors and NumPy arrays of numbers in this machine's byte order are read, nothing else.
+of NVIDIA's format, dense tensors and NumPy arrays of numbers in this machine's byte order are read, nothing else; a
+network that keeps a function among its attributes (an activation, a hook) is refused with that function's name.
 While a file is read it takes about twice its size in memory.
 """
 
@@ -211,6 +212,8 @@ def _shown(text: str, limit: int = 120) -> str:
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, _Global):
+        return f"reference to {value.name}"
     return value.class_name if isinstance(value, Record) else type(value).__name__
 
 
@@ -590,7 +593,7 @@ class _Machine:
         return _Global(full, new=lambda: Record(name, module))
 
     def make(self, opcode: str, token: Any, args: Any) -> Any:
-        _need(type(token) is _Global, f"it calls or makes an object of a {type(token).__name__}.")
+        _need(type(token) is _Global, f"it calls or makes an object of a {_described(token)}.")
         _need(type(args) is tuple, f"it calls {token.name} with a {type(args).__name__}, not a tuple.")
         if opcode == "REDUCE":
             _need(token.call is not None, f"it calls {token.name}, which snapshots do not.")

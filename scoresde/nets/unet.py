@@ -64,7 +64,9 @@ class UNet(nn.Module):
         embedding, frequencies, fourier_scale: kind, number and scale of the noise features, width / 2 by default.
         embedding_width: 4 * width by default.
         classes, cond_dim, drop_cond, join: conditions, see `NoiseEmbedding`.
-        group_channels, max_groups, eps: group norms have min(max_groups, channels // group_channels) groups.
+        group_channels, max_groups, eps: group norms have min(max_groups, channels // group_channels) groups. Where
+            `attention_groups` is given, this many have, at the resolutions with attention, the attention's norms and on the way up
+            the first norms of the blocks (as diffusers counts them in NCSN++; the same from 128 channels on).
         dropout: probability, in every residual block.
         rescale_input: the data lie in [0, 1] and the network sees 2 x - 1, as NCSN++ does.
 
@@ -105,6 +107,7 @@ class UNet(nn.Module):
         join: str = "hidden",
         group_channels: int = 4,
         max_groups: int = 32,
+        attention_groups: int | None = None,
         eps: float = 1e-6,
         dropout: float = 0.0,
         rescale_input: bool = False,
@@ -120,6 +123,9 @@ class UNet(nn.Module):
         self.rescale_input, self.factor = rescale_input, 2 ** (levels - 1)
 
         norm = functools.partial(_norm, group_channels=group_channels, max_groups=max_groups, eps=eps)
+        attention_norm = norm
+        if attention_groups:
+            attention_norm = functools.partial(_norm, group_channels=1, max_groups=attention_groups, eps=eps)
         self.embed = NoiseEmbedding(
             embedding_width or 4 * width,
             cond_dim,
@@ -142,8 +148,9 @@ class UNet(nn.Module):
         )
         fir = tuple(taps) if resample == "fir" else None
 
-        def attend(c: int) -> nn.Module:
-            return SelfAttention(c, norm, c // head_channels if head_channels else heads, rescale_skips)
+        def attend(c: int, middle: bool = False) -> nn.Module:
+            here = norm if middle else attention_norm
+            return SelfAttention(c, here, c // head_channels if head_channels else heads, rescale_skips)
 
         def change(c: int, up: bool) -> nn.Module:
             if resample in ("mean", "fir"):
@@ -171,14 +178,19 @@ class UNet(nn.Module):
                 skips.append(c)
             self.down.append(stage)
 
-        self.middle = nn.ModuleList([block(c_in=c, c_out=c), attend(c) if middle_attention else nn.Identity()])
+        self.middle = nn.ModuleList(
+            [block(c_in=c, c_out=c), attend(c, middle=True) if middle_attention else nn.Identity()]
+        )
         self.middle.append(block(c_in=c, c_out=c))
 
         self.up, c_image = nn.ModuleList(), 0
         for i in reversed(range(levels)):
             stage = Stage()
             for k in range(blocks + 1):
-                stage.blocks.append(block(c_in=c + skips.pop(), c_out=widths[i]))
+                joined = c + skips.pop()
+                stage.blocks.append(block(c_in=joined, c_out=widths[i]))
+                if lengths[i] in attention:
+                    stage.blocks[-1].norm1 = attention_norm(joined)
                 c = widths[i]
                 here = lengths[i] in attention and (attention_up == "all" or k == blocks)
                 stage.attention.append(attend(c) if here else nn.Identity())

@@ -1,0 +1,71 @@
+"""The processes behind the schedulers of other libraries: from discrete steps to continuous time. Layer 4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scoresde.model import NoiseLabel
+from scoresde.sde import SDE, VESDE, DiscreteVPSDE, RectifiedFlow
+
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "v_prediction", "sample": "denoise"}
+
+
+def betas_of(options: Mapping[str, Any]) -> np.ndarray:
+    """The betas of a schedule as diffusers describes it, float64: `beta_schedule` and what belongs to it.
+
+    Raises `ValueError` for a schedule that is not known, or one that ends without any signal.
+    """
+    if options.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "rescale_betas_zero_snr=True ends without signal, where the noise prediction says nothing of the data."
+        )
+    if options.get("trained_betas") is not None:
+        return np.asarray(options["trained_betas"], dtype=np.float64)
+    n = int(options.get("num_train_timesteps", 1000))
+    first, last = float(options.get("beta_start", 1e-4)), float(options.get("beta_end", 0.02))
+    kind = options.get("beta_schedule", "linear")
+    if kind == "linear":
+        return np.linspace(first, last, n)
+    if kind == "scaled_linear":
+        return np.linspace(first**0.5, last**0.5, n) ** 2
+    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, equation 17
+        bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+    if kind == "sigmoid":
+        return first + (last - first) / (1 + np.exp(-np.linspace(-6, 6, n)))
+    raise ValueError(f"beta_schedule {kind!r} is not known; give trained_betas, one number for each step.")
+
+
+def process_of_scheduler(options: Mapping[str, Any] | None, fourier: bool, source: str) -> tuple[SDE, str, NoiseLabel]:
+    """(SDE, parameterization, label) of a network trained for a scheduler of diffusers with these options.
+
+    A network with Fourier features is one of the variance exploding kind, whatever the scheduler. Raises `ValueError` where
+    there are no options, or ones that are not known.
+    """
+    if options is None:
+        raise ValueError(
+            f"{source} has no scheduler_config.json; give config=, for example dict(beta_start=0.0001, beta_end=0.02, "
+            "beta_schedule='linear', num_train_timesteps=1000), or dict(sigma_min=0.01, sigma_max=348) for NCSN++."
+        )
+    name = str(options.get("_class_name", ""))
+    if fourier or name == "ScoreSdeVeScheduler":
+        try:
+            sde = VESDE(float(options["sigma_min"]), float(options["sigma_max"]))
+        except KeyError as e:
+            raise ValueError(f"the scheduler of {source} lacks {e}, which a variance exploding process needs.") from e
+        return sde, "scaled_score", NoiseLabel("log_sigma")
+    steps = int(options.get("num_train_timesteps", 1000))
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return RectifiedFlow(), "velocity", NoiseLabel("time", float(steps))
+    if name == "ScoreSdeVpScheduler" or name.startswith("EDM"):
+        raise ValueError(
+            f"the schedule of {name} is not known; wrap the network with `WrappedNet` and the SDE it was trained for."
+        )
+    prediction = options.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction_type {prediction!r} is not known; known are {', '.join(PREDICTIONS)}.")
+    sde = DiscreteVPSDE(tuple(betas_of(options).tolist()))
+    return sde, PREDICTIONS[prediction], NoiseLabel("time", len(sde.betas) - 1.0)
