@@ -1,23 +1,22 @@
-"""Checkpoints, ours and other people's."""
+"""Checkpoints, ours and other people's: `load` recognises what a file is; each kind also by name."""
 
-from __future__ import annotations
+from scoresde.interop.diffusers import load_diffusers
+from scoresde.interop.edm import load_edm
+from scoresde.interop.hub import from_pretrained, push_to_hub, save_pretrained
+from scoresde.interop.load import load
+from scoresde.interop.pickles import network_of, read_pickle
+from scoresde.interop.score_sde import load_score_sde
+from scoresde.interop.wrap import WrappedNet
 
-import os
-from typing import Any
-
-from scoresde.model import ScoreModel
-from scoresde.store import load_model
-
-
-def load(path_or_hub_id: str | os.PathLike[str], *, config: Any = None) -> ScoreModel:
-    """A `ScoreModel` from a folder or file written by this package (a model, a checkpoint or a training run).
-
-    `config` is for checkpoints that do not carry their options; ours do, so it has to be None. Raises
-    `FileNotFoundError` where there is no model and `ValueError` for a damaged or foreign file, saying what it is.
-    """
-    if config is not None:
-        raise ValueError("config= is for checkpoints without options of their own; a scoresde model carries its own.")
-    return load_model(path_or_hub_id)
-
-
-__all__ = ["load"]
+__all__ = [
+    "WrappedNet",
+    "from_pretrained",
+    "load",
+    "load_diffusers",
+    "load_edm",
+    "load_score_sde",
+    "network_of",
+    "push_to_hub",
+    "read_pickle",
+    "save_pretrained",
+]

@@ -33,6 +33,7 @@ from scoresde.interop.pickles import network_of
 from scoresde.model import NoiseLabel, ScoreNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, DiscreteVPSDE
+from scoresde.store import read_tensors
 
 PRECONDITIONINGS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond", "iddpm": "iDDPMPrecond"}
 PUBLISHED = {name: {"precond": name} for name in PRECONDITIONINGS} | {
@@ -76,18 +77,21 @@ _SEEN |= {
 Names = Iterator[tuple[str, Tensor]]
 
 
-def load_edm(path: str | os.PathLike[str], config: Any = None) -> ScoreNet:
+STATE_FILES = ("state.pt", "model.pt")
+
+
+def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = None) -> ScoreNet:
     """The model of an EDM network: a state dict saved by `torch.save`, a safetensors file, or a snapshot `.pkl`.
 
     A snapshot is read without executing it, see `scoresde.interop.pickles`. `config` may give the original's constructor
     arguments (dict, JSON or YAML file), or one of "edm", "vp", "ve", "iddpm": it decides the preconditioning and
     `sigma_data`, and is checked against the weights. Class-conditional networks take `cond` of class labels (B,) or one-hot rows
-    (B, classes); without it, no class.
+    (B, classes); without it, no class. `state` is what the file holds, if it has been read already.
 
     Raises `FileNotFoundError`, and `ValueError` for damaged files, files with code, other networks (EDM2 among them) and
     options that contradict the weights.
     """
-    file, tensors, options = _read(path)
+    file, tensors, options = _read(Path(path), state)
     if config is not None:
         options |= _flat(read_config(config, PUBLISHED))
     weights = Weights({k.removeprefix("model."): v for k, v in tensors.items()}, str(file))
@@ -99,32 +103,28 @@ def load_edm(path: str | os.PathLike[str], config: Any = None) -> ScoreNet:
     return model.eval()
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[Path, Mapping[str, Tensor], dict[str, Any]]:
-    """(file, tensors, constructor arguments as far as the file has them)."""
-    path = Path(path)
+def _read(path: Path, state: Any = None) -> tuple[Path, Mapping[str, Tensor], dict[str, Any]]:
+    """(file, tensors, constructor arguments as far as the file has them or stand beside it in config.json)."""
+    options: dict[str, Any] = {}
     if path.is_dir():
-        found = [path / name for name in ("state.pt", "model.pt") if (path / name).is_file()] or sorted(
-            path.glob("*.pkl")
-        )
+        found = [path / name for name in STATE_FILES if (path / name).is_file()] or sorted(path.glob("*.pkl"))
         if not found:
-            raise FileNotFoundError(f"{path} holds no state.pt and no .pkl snapshot.")
-        options = _flat(read_config(path / "config.json")) if (path / "config.json").is_file() else {}
-        return found[-1], *_read(found[-1])[1:2], options
+            raise FileNotFoundError(f"{path} holds no {' or '.join(STATE_FILES)} and no .pkl snapshot.")
+        path = found[-1]
+    if (path.parent / "config.json").is_file():
+        options = _flat(read_config(path.parent / "config.json"))
     if path.suffix == ".pkl":
         record = network_of(path)
-        options = {"precond": record.class_name} | _flat(dict(record.init_kwargs))
-        return path, record.state_dict(), options
+        return path, record.state_dict(), options | {"precond": record.class_name} | _flat(dict(record.init_kwargs))
     if path.suffix == ".safetensors":
-        from scoresde.store import read_tensors
-
-        return path, read_tensors(path)[0], {}
-    state = read_torch(path)
+        return path, read_tensors(path)[0], options
+    state = read_torch(path) if state is None else state
     for key in ("ema", "net", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is no state dict of an EDM network: it should map names to tensors.")
-    return path, state, {}
+    return path, state, options
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +142,12 @@ class _Plan:
         left = weights.left
         found = sorted({int(m[1]) for k in left if (m := re.match(r"enc\.(\d+)x\d+_", k))}, reverse=True)
         if not found or f"enc.{found[0]}x{found[0]}_conv.weight" not in left or "map_layer0.weight" not in left:
-            hint = (
-                " It looks like an EDM2 network, which has no counterpart here: load its weights into their own network"
-            )
-            hint += " and wrap that by `WrappedNet`." if any("emb_gain" in k or "mp_" in k for k in left) else ""
+            hint = ""
+            if any(k.endswith("emb_gain") for k in left):
+                hint = " It looks like one of EDM2, which has no counterpart here: load its weights into a network of their code"
+                hint += " (scoresde.interop.network_of reads them from a snapshot), and wrap that by WrappedNet.edm."
             raise ValueError(
-                f"{weights.source} does not hold a U-Net of EDM (names such as model.enc.32x32_conv.weight)."
-                + (hint if "EDM2" in hint and "emb_gain" in " ".join(left) else "")
+                f"{weights.source} does not hold a U-Net of EDM (with names such as model.enc.32x32_conv.weight).{hint}"
             )
         self.resolutions = found
         self.adm = "out_conv.weight" in left

@@ -31,12 +31,15 @@ from scoresde.sde import SDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
 Names = Iterator[tuple[str, Tensor]]
 
 
-def load_score_sde(path: str | os.PathLike[str], config: Any = None, *, ema: bool = True) -> ScoreNet:
+def load_score_sde(
+    path: str | os.PathLike[str], config: Any = None, *, ema: bool = True, state: Any = None
+) -> ScoreNet:
     """The model of a `checkpoint_N.pth`, or of a folder with one (the newest of several).
 
     `config` are the options of the original's configuration: a dict (nested as theirs), a JSON or YAML file, or the name of
     a published one such as "vp/cifar10_ddpmpp_continuous"; without it, `config.json` beside the checkpoint. `ema` takes the
-    averaged parameters, which are the ones the papers report. The network is in evaluation mode, on the CPU.
+    averaged parameters, which are the ones the papers report. `state` is what the file
+    holds, if it has been read already. The network is in evaluation mode, on the CPU.
 
     Raises `FileNotFoundError`, and `ValueError` for damaged files, files with code, options that are not supported and weights
     that do not fit them.
@@ -51,8 +54,8 @@ def load_score_sde(path: str | os.PathLike[str], config: Any = None, *, ema: boo
             )
         config = beside
     options = read_config(config, PUBLISHED)
-    state = read_torch(file)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+    state = read_torch(file) if state is None else state
+    if not is_checkpoint(state):
         found = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
             f"{file} is no checkpoint of score_sde_pytorch: it should hold 'model' and 'ema', has {found}."
@@ -63,6 +66,11 @@ def load_score_sde(path: str | os.PathLike[str], config: Any = None, *, ema: boo
     model = build_score_sde(options, weights)
     weights.fill(model.net, dict(_renamed(model.net, weights)))
     return model.eval()
+
+
+def is_checkpoint(state: Any) -> bool:
+    """Whether what a file holds is laid out as their trainer writes it."""
+    return isinstance(state, dict) and isinstance(state.get("model"), dict) and ("ema" in state or "step" in state)
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,78 @@
+"""`load`: what kind of checkpoint a path is, and the model in it. Layer 4."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from scoresde.interop import edm, score_sde
+from scoresde.interop.diffusers import is_diffusers, load_diffusers
+from scoresde.interop.files import read_torch
+from scoresde.interop.hub import download, is_hub_id
+from scoresde.model import ScoreModel
+from scoresde.store import MODEL_FILE, load_model, read_tensors
+
+TORCH_FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar")
+
+
+def load(path_or_hub_id: str | os.PathLike[str], *, config: Any = None) -> ScoreModel:
+    """The model in a checkpoint, on the CPU and in evaluation mode; nothing in a file is executed.
+
+    | what it is | recognised by | config |
+    |---|---|---|
+    | a model, checkpoint or training run of this package | `model.safetensors`, `checkpoints/` | none, it carries its own |
+    | score_sde_pytorch | `checkpoint_N.pth`, or its folder | the original's options or published name; `config.json` beside it |
+    | diffusers | `model_index.json`, or a `config.json` that names a class | options of the scheduler, where it has none |
+    | EDM | a snapshot `.pkl`, or a state dict | "edm" (default), "vp", "ve", "iddpm", or constructor arguments |
+
+    A name such as "google/ddpm-cifar10-32" that is no path here is looked for on the Hugging Face hub. `config` is a dict, a
+    JSON or YAML file, or a name. See `load_score_sde`, `load_diffusers`, `load_edm` for each kind.
+
+    Raises `FileNotFoundError` where there is nothing of that name, and `ValueError` for a damaged, foreign or newer file, one
+    with code in it, or options that do not fit the weights, saying what it is.
+    """
+    path = Path(path_or_hub_id)
+    if not path.exists():
+        if not is_hub_id(str(path_or_hub_id)):
+            raise FileNotFoundError(f"there is no file or folder {path}; give a model's folder or its {MODEL_FILE}.")
+        path = download(str(path_or_hub_id))
+    return _from_folder(path, config) if path.is_dir() else _from_file(path, config)
+
+
+def _from_folder(path: Path, config: Any) -> ScoreModel:
+    ours = any((path / place / MODEL_FILE).is_file() for place in (".", "model")) or any(
+        path.glob("checkpoints/step-*")
+    )
+    if not ours:
+        for place in (path, path / "checkpoints"):
+            if any(place.glob("checkpoint*.pth")):
+                return score_sde.load_score_sde(place, config)
+        if is_diffusers(path):
+            return load_diffusers(path, config)
+        if any((path / name).is_file() for name in edm.STATE_FILES) or any(path.glob("*.pkl")):
+            return edm.load_edm(path, config)
+    return _own(path, config)
+
+
+def _from_file(path: Path, config: Any) -> ScoreModel:
+    if path.suffix == ".pkl":
+        return edm.load_edm(path, config)
+    if path.suffix in TORCH_FILES:
+        state = read_torch(path)
+        if score_sde.is_checkpoint(state):
+            return score_sde.load_score_sde(path, config, state=state)
+        if isinstance(state, dict):
+            return edm.load_edm(path, config, state=state)
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict.")
+    if path.suffix == ".safetensors" and read_tensors(path)[1] is None:
+        if is_diffusers(path.parent):
+            return load_diffusers(path.parent, config)
+        return edm.load_edm(path, config)
+    return _own(path, config)
+
+
+def _own(path: Path, config: Any) -> ScoreModel:
+    if config is not None:
+        raise ValueError("config= is for checkpoints without options of their own; a scoresde model carries its own.")
+    return load_model(path)
