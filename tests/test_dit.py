@@ -12,12 +12,7 @@ from scoresde.nets.dit import DiT
 
 SMALL = dict(width=24, depth=2, heads=2, frequencies=8)
 CASES = {"1D": ((8,), 2), "2D": ((4, 6), 2), "3D": ((4, 2, 6), (2, 1, 3))}
-PUBLISHED = {  # width, depth, heads, parameters in millions as the paper gives them
-    "S": (384, 12, 6, 33),
-    "B": (768, 12, 12, 130),
-    "L": (1024, 24, 16, 458),
-    "XL": (1152, 28, 16, 675),
-}
+SIZES = pytest.mark.parametrize(("size", "patch"), CASES.values(), ids=CASES)
 POSITIONS = pytest.mark.parametrize("positions", module.POSITIONS)
 
 
@@ -41,7 +36,7 @@ def inputs(shape, dtype=torch.float32, seed=2):
 
 
 @POSITIONS
-@pytest.mark.parametrize(("size", "patch"), CASES.values(), ids=CASES)
+@SIZES
 def test_shapes_and_zero_start(size, patch, positions):
     """(B, in, *size) -> (B, out, *size), exactly zero at the start, and not once the weights have moved."""
     net = dit(size, c_out=3, patch=patch, positions=positions)
@@ -49,50 +44,35 @@ def test_shapes_and_zero_start(size, patch, positions):
     assert torch.equal(net(x, label), torch.zeros(5, 3, *size))
     out = redrawn(net)(x, label)
     assert float(out.detach().abs().amin(0).max()) > 1e-3
-    for i in range(5):  # examples do not mix
-        torch.testing.assert_close(net(x[i : i + 1], label[i : i + 1]), out[i : i + 1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net(x[2:3], label[2:3]), out[2:3], atol=1e-5, rtol=1e-5)  # examples do not mix
 
 
-@pytest.mark.parametrize(("size", "patch"), CASES.values(), ids=CASES)
+@SIZES
 def test_patches_stay_in_place(size, patch):
-    """With the blocks off and a head that undoes the patch layer, the network is the identity."""
+    """Without the blocks, whose gates are closed, a pixel of the output sees its own patch of the input and no other."""
     net = dit(size, patch=patch, positions="rotary")
-    net.double()
-    channels = 2 * int(torch.tensor(net.patch).prod())
-    with (
-        torch.no_grad()
-    ):  # patch channels in the order of the output layer, centred for the layer norm by their negatives
-        rows = torch.eye(channels, dtype=torch.float64).reshape(*net.patch, 2, channels)
-        rows = rows.movedim(-1, 0).movedim(-1, 1)
-        net.enter.weight.zero_()
-        net.enter.weight[:channels] = rows
-        net.enter.weight[-channels:] -= rows
-        net.leave.weight[:, :channels] = torch.eye(channels)
-    x, label = inputs((3, 2, *size), torch.float64)
-    out = net(x, label)
-    grid = [n // p for n, p in zip(size, net.patch, strict=True)]
-    for got, x_i in zip(out, x, strict=True):  # equal up to the norm of each patch
-        ratio = (got / x_i).detach()
-        for i, (n, p) in enumerate(zip(grid, net.patch, strict=True)):
-            ratio = ratio.unflatten(1 + 2 * i, (n, p))
-        ratio = ratio.movedim([1 + 2 * i for i in range(len(grid))], list(range(len(grid)))).flatten(len(grid))
-        torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
-        assert float(ratio.min()) > 0
+    redrawn(net.enter)
+    redrawn(net.leave)
+    x, label = inputs((1, 2, *size))
+    jacobian = torch.func.jacrev(lambda y: net(y[None, None].expand_as(x), label)[0, 0])(x[0, 0])
+    places = torch.cartesian_prod(*(torch.arange(n) // p for n, p in zip(size, net.patch, strict=True)))
+    same = (places.reshape(-1, 1, len(size)) == places.reshape(-1, len(size))).all(-1)
+    assert torch.equal(jacobian.reshape(same.shape).abs() > 1e-6, same)
 
 
 @pytest.mark.parametrize("positions", [*module.POSITIONS, "none"])
 def test_positions_matter(positions):
     """Exchanging two patches exchanges the outputs where a network has no positions, and not otherwise."""
-    net = redrawn(dit((8,), positions="sincos" if positions == "none" else positions))
+    net = redrawn(dit((8,), positions="rotary" if positions == "rotary" else "sincos"))
     if positions == "none":
         net.positions.zero_()
     x, label = inputs((2, 2, 8))
-    order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3])
+    order = [0, 1, 6, 7, 4, 5, 2, 3]
     difference = (net(x[..., order], label) - net(x, label)[..., order]).detach().abs().max()
     assert bool(difference > 1e-3) == (positions != "none")
 
 
-@pytest.mark.parametrize(("size", "patch"), CASES.values(), ids=CASES)
+@SIZES
 def test_sincos_table(size, patch):
     """The first width / rank channels are of the last axis: sine and cosine of the coordinate itself come first."""
     net = dit(size, patch=patch)
@@ -116,22 +96,22 @@ def test_rotary_logits_depend_on_differences_of_positions(grid):
     q, k = (module._turned(u.expand(1, 1, n, 20), turn)[0, 0] for u in (q, k))
     torch.testing.assert_close(q.norm(dim=1), q[0].norm().expand(n))
     logits, place = q @ k.T, torch.cartesian_prod(*(torch.arange(m) for m in grid)).reshape(n, -1)
-    found = {}
-    for i in range(n):
-        for j in range(n):
-            found.setdefault(tuple((place[i] - place[j]).tolist()), []).append(float(logits[i, j]))
-    assert all(max(v) - min(v) < 1e-12 for v in found.values())
-    values = sorted(v[0] for v in found.values())
-    assert min(b - a for a, b in zip(values, values[1:], strict=False)) > 1e-6
+    offsets = (place[:, None] - place).flatten(0, 1)
+    same = (offsets[:, None] == offsets).all(-1)
+    assert torch.equal((logits.reshape(-1, 1) - logits.reshape(-1)).abs() < 1e-9, same)
 
 
-def test_rotary_networks_work_at_other_sizes():
-    """A larger image, whose patches keep their relation; sizes that the patch does not divide are refused."""
+def test_sizes_of_inputs():
+    """Rotary networks work at all sizes that the patch divides; the others at their own. Messages name the sizes."""
     net = redrawn(dit((4, 4), positions="rotary"))
     x, label = inputs((2, 2, 6, 10))
     assert net(x, label).shape == x.shape
     with pytest.raises(ValueError, match="multiple of its patch"):
         net(x[..., :9], label)
+    with pytest.raises(ValueError, match=r"those of size \(4, 4\), got \(6, 10\); only a network with positions="):
+        dit()(x, label)
+    with pytest.raises(ValueError, match=r"shape \(B, 2, \*\(4, 4\)\)"):
+        dit()(x[..., 0], label)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -139,8 +119,7 @@ def test_conditions(shared):
     """Classes and features change the output; none is the last class and zeros; wrong shapes are named."""
     net = redrawn(dit(classes=3, cond_dim=4, shared_embedding=shared))
     x, label = inputs((3, 2, 4, 4))
-    classes, features = torch.tensor([0, 1, 2]), torch.ones(3, 4)
-    without = net(x, label)
+    classes, features, without = torch.arange(3), torch.ones(3, 4), net(x, label)
     null = dict(classes=torch.full((3,), 3), features=torch.zeros(3, 4))
     torch.testing.assert_close(net(x, label, null), without)
     for cond in (dict(classes=classes), dict(features=features)):
@@ -155,64 +134,48 @@ def test_conditions(shared):
 def test_dropped_conditions(shared):
     """In training a share of the examples is as without condition, in all blocks at once; in evaluation none is."""
     net = redrawn(dit(depth=3, classes=2, drop_cond=0.3, shared_embedding=shared))
-    x, label = inputs((1, 2, 4, 4))
-    x, label = x.expand(400, -1, -1, -1), label.expand(400)
-    cond = torch.ones(400, dtype=torch.long)
+    x, label, cond = torch.ones(400, 2, 4, 4), torch.full((400,), 100.0), torch.ones(400, dtype=torch.long)
     kept, null = net(x[:1], label[:1], cond[:1]), net(x[:1], label[:1])
     torch.testing.assert_close(net(x, label, cond), kept.expand(400, -1, -1, -1), atol=1e-4, rtol=1e-4)
     torch.manual_seed(0)
     out = net.train()(x, label, cond).detach()
     is_kept, is_null = (torch.isclose(out, v, atol=1e-4, rtol=1e-4).flatten(1).all(1) for v in (kept, null))
-    assert bool((is_kept ^ is_null).all())
-    assert 0.2 < float(is_null.float().mean()) < 0.4
+    assert bool((is_kept ^ is_null).all()) and 80 < int(is_null.sum()) < 160
 
 
 @POSITIONS
-def test_forward_and_reverse_derivatives_agree(positions):
-    """u^T (J v) by forward mode equals (u^T J) v by reverse mode, and central differences."""
+def test_derivatives(positions):
+    """Forward and reverse mode agree, and second derivatives by both; differences agree with all."""
     net = redrawn(dit(positions=positions)).double()
-    x, label = inputs((3, 2, 4, 4), torch.float64)
-    u, v = inputs((3, 2, 4, 4), torch.float64, 4)[0], inputs((3, 2, 4, 4), torch.float64, 5)[0]
+    x, label = inputs((2, 2, 4, 4), torch.float64)
+    u, v = (torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=x.dtype) for i in (4, 5))
+
+    def difference(f):
+        return ((f(x + 1e-5 * v) - f(x - 1e-5 * v)) / 2e-5).detach()
+
     _, forward = torch.func.jvp(lambda y: net(y, label), (x,), (v,))
     _, pullback = torch.func.vjp(lambda y: net(y, label), x)
     torch.testing.assert_close((u * forward).sum(), (pullback(u)[0] * v).sum(), rtol=1e-9, atol=1e-9)
-    difference = (net(x + 1e-5 * v, label) - net(x - 1e-5 * v, label)) / 2e-5
-    torch.testing.assert_close(forward, difference.detach(), rtol=1e-5, atol=1e-6)
-
-
-@POSITIONS
-def test_second_derivatives(positions):
-    """Twice backward and forward over reverse agree with differences of gradients."""
-    net = redrawn(dit(positions=positions)).double()
-    x, label = inputs((2, 2, 4, 4), torch.float64)
-    v = inputs((2, 2, 4, 4), torch.float64, 5)[0]
-
-    def gradient(y, create_graph=False):
-        return torch.autograd.grad(net(y, label).square().sum(), y, create_graph=create_graph)[0]
-
+    torch.testing.assert_close(forward, difference(lambda y: net(y, label)), rtol=1e-5, atol=1e-6)
+    gradient = torch.func.grad(lambda y: net(y, label).square().sum())
+    _, mixed = torch.func.jvp(gradient, (x,), (v,))
+    torch.testing.assert_close(mixed, difference(gradient), rtol=1e-4, atol=1e-5)
     y = x.clone().requires_grad_()
-    twice = torch.autograd.grad((gradient(y, True) * v).sum(), y)[0]
-    ahead, behind = ((x + s * v).requires_grad_() for s in (1e-5, -1e-5))
-    torch.testing.assert_close(twice, (gradient(ahead) - gradient(behind)) / 2e-5, rtol=1e-4, atol=1e-5)
-    _, mixed = torch.func.jvp(torch.func.grad(lambda z: net(z, label).square().sum()), (x,), (v,))
-    torch.testing.assert_close(mixed, twice, rtol=1e-9, atol=1e-9)
+    once = torch.autograd.grad(net(y, label).square().sum(), y, create_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad((once * v).sum(), y)[0], mixed, rtol=1e-9, atol=1e-9)
 
 
-@POSITIONS
 @pytest.mark.slow
-def test_compiled_networks_agree(positions):
+def test_compiled_networks_agree():
     """torch.compile in one graph, forward and backward."""
-    net = redrawn(dit(positions=positions, classes=2))
+    net = redrawn(dit(positions="rotary", classes=2))
     x, label = inputs((2, 2, 4, 4))
-    cond = torch.tensor([0, 1])
-    compiled = torch.compile(net, fullgraph=True)
-    y = x.clone().requires_grad_()
-    z = x.clone().requires_grad_()
-    out, expected = compiled(y, label, cond), net(z, label, cond)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    torch.testing.assert_close(y.grad, z.grad, rtol=1e-4, atol=1e-4)
+    results = []
+    for call in (torch.compile(net, fullgraph=True), net):
+        y = x.clone().requires_grad_()
+        out = call(y, label, torch.tensor([0, 1]))
+        results.append((out, *torch.autograd.grad(out.square().sum(), y)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @POSITIONS
@@ -220,12 +183,11 @@ def test_other_dtypes(positions, device):
     """Under bfloat16 autocast, trained or not, and as a bfloat16 network: near float32."""
     net = redrawn(dit(positions=positions), scale=0.1).to(device)
     x, label = (u.to(device) for u in inputs((3, 2, 4, 4)))
-    label = label.round() / 1000  # angles that bfloat16 can tell apart
+    label = label / 1000  # angles that bfloat16 can tell apart
     expected = net(x, label).detach()
     for training in (False, True):
-        net.train(training)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            out = net(x, label)
+            out = net.train(training)(x, label)
         out.float().square().sum().backward()
         assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
         torch.testing.assert_close(out.detach().float(), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
@@ -241,21 +203,23 @@ def test_config_rebuilds_the_network():
     again = DiT(**json.loads(json.dumps(net.config))).eval()
     assert again.config == net.config
     again.load_state_dict(net.state_dict())
-    x, label = inputs((3, 2, 2, 6))
-    assert torch.equal(again(x, label), net(x, label))
-    assert not torch.equal(net.train()(x, label), net(x, label))  # dropout
+    given = inputs((3, 2, 2, 6))
+    assert torch.equal(again(*given), net(*given))
+    assert not torch.equal(net.train()(*given), net(*given))  # dropout
     assert "positions" not in dit().state_dict()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes(name):
-    """Parameters and frozen positions of DiT-*/2 on 32 x 32 x 4 latents with 1000 classes, noise and variance."""
-    width, depth, heads, millions = PUBLISHED[name]
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "published"),
+    [(384, 12, 6, 33), (768, 12, 12, 130), (1024, 24, 16, 458), (1152, 28, 16, 675)],
+)
+def test_published_sizes(width, depth, heads, published):
+    """DiT-S, B, L and XL/2, in millions with frozen positions: 32 x 32 x 4 latents, 1000 classes, noise and variance."""
     with torch.device("meta"):
         net = DiT(4, 8, (32, 32), width=width, depth=depth, heads=heads, classes=1000)
     count = sum(p.numel() for p in net.parameters()) + net.positions.numel()
-    assert round(count / 1e6) in (millions, millions + 1)  # 130.5 is published as 130
-    assert name != "XL" or count == 675_129_632
+    assert abs(count / 1e6 - published) < 0.52  # 130.5 is published as 130
+    assert published != 675 or count == 675_129_632
 
 
 @pytest.mark.parametrize(
@@ -269,8 +233,7 @@ def test_published_sizes(name):
         ((4, 4), dict(width=18), "width that 4 divides"),
         ((4, 4), dict(width=6, positions="rotary"), "even number of channels per head"),
         ((4, 4), dict(positions="learned"), "unknown positions 'learned'; use one of sincos, rotary"),
-        ((4, 4), dict(drop_cond=1.0, shared_embedding=False), "drop_cond must lie"),
-        ((4, 4), dict(dropout=-0.1), "dropout must lie"),
+        ((4, 4), dict(drop_cond=1.0), "drop_cond must lie"),
     ],
 )
 def test_bad_arguments(size, options, message):
@@ -279,40 +242,28 @@ def test_bad_arguments(size, options, message):
         dit(size, **options)
 
 
-def test_bad_shapes():
-    """Another size for fixed positions, and another rank."""
-    with pytest.raises(
-        ValueError, match=r"those of size \(4, 4\), got \(4, 8\); only a network with positions='rotary'"
-    ):
-        dit()(*inputs((1, 2, 4, 8)))
-    with pytest.raises(ValueError, match=r"shape \(B, 2, \*\(4, 4\)\)"):
-        dit()(*inputs((1, 2, 4)))
-
-
 def theirs(equal, **options):
     """diffusers' network with all parameters drawn anew, and with equal or different embeddings in its blocks."""
     diffusers = pytest.importorskip("diffusers")
     sizes = dict(num_attention_heads=2, attention_head_dim=12, in_channels=3, num_layers=3, sample_size=8)
-    peer = redrawn(
-        diffusers.DiTTransformer2DModel(**(sizes | dict(num_embeds_ada_norm=5) | options)).eval(), scale=0.15
-    )
+    options = sizes | dict(num_embeds_ada_norm=5) | options
+    peer = redrawn(diffusers.DiTTransformer2DModel(**options).eval(), scale=0.15)
     for block in peer.transformer_blocks if equal else ():
         block.norm1.emb.load_state_dict(peer.transformer_blocks[0].norm1.emb.state_dict())
     return peer
 
 
-@pytest.mark.parametrize("out_channels", [None, 6])
+@pytest.mark.parametrize("options", [{}, dict(out_channels=6, norm_eps=0.01)], ids=["noise", "variance"])
 @pytest.mark.parametrize("equal", [True, False])
-def test_networks_of_diffusers(equal, out_channels):
+def test_networks_of_diffusers(equal, options):
     """Equal outputs, noise only where theirs has a variance too, with each class and with none."""
-    peer = theirs(equal, out_channels=out_channels)
+    peer = theirs(equal, **options)
     weights = Weights(peer.state_dict(), "peer")
     assert blocks_differ(weights) != equal
     net = dit_from_config(json.loads(peer.to_json_string()), blocks_differ(weights)).eval()
     weights.fill(net, dit_weights(net, weights))
-    assert (net.config["shared_embedding"], net.config["classes"], net.config["mlp_eps"]) == (equal, 5, 1e-5)
+    assert (net.config["shared_embedding"], net.config["classes"]) == (equal, 5)
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    x[0] *= 0.01  # small enough for the norms' eps to show
     t, classes = torch.tensor([0, 1, 37, 400, 998, 999]), torch.arange(6)  # 5 is no class
     with torch.no_grad():
         expected = peer(x, t, classes).sample[:, :3]
@@ -322,7 +273,7 @@ def test_networks_of_diffusers(equal, out_channels):
 
 
 def test_weights_of_diffusers_that_do_not_fit():
-    """Different embeddings in a network that shares one; a missing tensor; another shape."""
+    """Different embeddings in a network that shares one; and any missing tensor is named."""
     peer = theirs(equal=False)
     net = dit_from_config(dict(peer.config), own_embeddings=False)
     with pytest.raises(ValueError, match="different noise embeddings"):
@@ -332,17 +283,12 @@ def test_weights_of_diffusers_that_do_not_fit():
         weights = Weights({k: v for k, v in peer.state_dict().items() if k != name}, "peer")
         with pytest.raises(ValueError, match=f"missing: {name}"):
             weights.fill(net, dit_weights(net, weights))
-    net = dit_from_config(dict(peer.config) | dict(num_embeds_ada_norm=4), own_embeddings=True)
-    weights = Weights(peer.state_dict(), "peer")
-    with pytest.raises(ValueError, match=r"embed.0.classes.weight: \(6, 24\)"):
-        weights.fill(net, dit_weights(net, weights))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(norm_type="ada_norm"), "norm_type='ada_norm' is not supported; only 'ada_norm_zero' is"),
-        (dict(activation_fn="geglu"), "activation_fn='geglu'"),
         (dict(attention_bias=False), "attention_bias=False"),
         (dict(cross_attention_dim=768), "cross_attention_dim=768"),
         (dict(num_embeds_ada_norm=None), "whole number for num_embeds_ada_norm, got None"),
