@@ -9,7 +9,7 @@ nats = log_prob(model, x).value
 
 from scoresde._version import __version__
 from scoresde.checks import NonFiniteError
-from scoresde.interop import load
+from scoresde.interop import WrappedNet, from_pretrained, load, push_to_hub, save_pretrained
 from scoresde.latents import decode, encode, interpolate, round_trip, slerp
 from scoresde.likelihood import (
     BitsPerDim,
@@ -29,10 +29,10 @@ from scoresde.likelihood import (
 )
 from scoresde.losses import denoising_loss
 from scoresde.mixture import DiffusedMixture, GaussianMixture
-from scoresde.model import ScoreModel, ScoreNet
+from scoresde.model import NoiseLabel, ScoreModel, ScoreNet
 from scoresde.quantized import QuantizedScoreNet
 from scoresde.sample import METHODS, sample
-from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE
+from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE
 from scoresde.tune import tune
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "CosineSDE",
     "DDPMBound",
     "DiffusedMixture",
+    "DiscreteVPSDE",
     "Divergence",
     "Exact",
     "GaussianMixture",
@@ -52,6 +53,7 @@ __all__ = [
     "HutchPlusPlus",
     "Hutchinson",
     "LogProb",
+    "NoiseLabel",
     "NonFiniteError",
     "QuantizedScoreNet",
     "RectifiedFlow",
@@ -59,6 +61,7 @@ __all__ = [
     "ScoreNet",
     "SubVPSDE",
     "VariationalDequantizer",
+    "WrappedNet",
     "__version__",
     "bits_per_dim",
     "ddpm_bound",
@@ -66,12 +69,20 @@ __all__ = [
     "denoising_loss",
     "elbo",
     "encode",
+    "from_pretrained",
     "interpolate",
     "load",
     "log_prob",
     "plan_likelihood",
+    "push_to_hub",
     "round_trip",
     "sample",
+    "save_pretrained",
     "slerp",
     "tune",
 ]
+
+# methods where people look for them; the model itself, far below, knows nothing of files
+ScoreModel.save_pretrained = save_pretrained
+ScoreModel.push_to_hub = push_to_hub
+ScoreModel.from_pretrained = staticmethod(from_pretrained)

@@ -111,6 +111,8 @@ def sample(
     steps: int | None = None,
     nfe: int | None = None,
     seed: int = 0,
+    config: str | None = None,
+    label: int | None = None,
     device: str = "auto",
 ) -> None:
     """Draw images from a trained model, as a PNG grid and an .npz file.
@@ -118,7 +120,8 @@ def sample(
     Image i depends on (seed, i) alone, not on how many are drawn.
 
     Args:
-        model: A model's folder or file, or a training run's folder.
+        model: A model's folder or file, a training run's folder, a checkpoint of score_sde_pytorch, diffusers or EDM, or the name
+            of one on the Hugging Face hub.
         out: Folder for samples.png and samples.npz (integer levels, named "images").
         n: How many images.
         method: Sampling method; pc is the predictor-corrector, ode the adaptive probability flow, auto the choice for few
@@ -126,6 +129,9 @@ def sample(
         steps: Steps of the method; its own default if not given.
         nfe: Network evaluations in all, in place of steps.
         seed: Seed.
+        config: Options of a checkpoint that does not carry its own: a JSON or YAML file, or a published name such as
+            vp/cifar10_ddpmpp_continuous.
+        label: Class of the images, for class-conditional networks; no class if not given.
         device: auto, cpu or cuda.
     """
     import numpy as np
@@ -134,7 +140,7 @@ def sample(
     from scoresde.store import check_writable, write_atomic
 
     checks.positive_int(n, "n")
-    net = load(model).to(pick_device(device))
+    net = load(model, config=config).to(pick_device(device))
     if net.event_shape is None:
         raise ValueError(
             f"{model} does not say what shape its images have; it cannot be sampled from the command line."
@@ -142,7 +148,7 @@ def sample(
     folder = Path(out)
     check_writable(folder)
     chosen = tuned_sampler(model, nfe) if method == "tuned" else method
-    k = draw_images(net, n, chosen, steps, seed, nfe)
+    k = draw_images(net, n, chosen, steps, seed, nfe, label=label)
     array = k.numpy() if net.levels is None or net.levels > 256 else k.to(torch.uint8).numpy()
 
     def write(path: Path) -> None:
@@ -235,6 +241,7 @@ def bpd(
     batch_size: int = 64,
     out: str | None = None,
     shard: str | None = None,
+    config: str | None = None,
     device: str = "auto",
 ) -> None:
     """Exact bits/dim of images under a model, by the probability-flow ODE.
@@ -244,7 +251,8 @@ def bpd(
     all of them in OUT writes OUT/result.json and OUT/images.npz (bits/dim of each image, in the order of the data).
 
     Args:
-        model: A model's folder or file, or a training run's folder.
+        model: A model's folder or file, a training run's folder, a checkpoint of score_sde_pytorch, diffusers or EDM, or the name
+            of one on the Hugging Face hub.
         data: digits:test (or :train, :validation), an .npz file of integers, or a folder of images.
         levels: Grey levels of the data, for .npz files (256 for 8-bit images).
         probes: Orthogonal probes per image and place of the trace estimate, in two independent halves that give its standard error
@@ -258,6 +266,8 @@ def bpd(
         batch_size: Images at a time, as memory allows; it changes the result by rounding only.
         out: Folder of the results, runs/bpd-CODE by default, with a CODE of the model's weights, the data and the settings.
         shard: Compute only this part of the batches, as 2/8 (the second of eight); the processes need share nothing but OUT.
+        config: Options of a checkpoint that does not carry its own: a JSON or YAML file, or a published name such as
+            vp/cifar10_ddpmpp_continuous.
         device: auto, cpu or cuda; with several processes on a machine, each takes its own CUDA device.
     """
     from scoresde import checks, load
@@ -265,7 +275,7 @@ def bpd(
     from scoresde.data import Images, load_images
 
     share = share_of(shard)
-    net = load(model)
+    net = load(model, config=config)
     images = load_images(data, levels)
     if limit is not None:
         checks.positive_int(limit, "limit")
@@ -283,11 +293,32 @@ def bpd(
     print(job.report(share, {"model": str(model), "data": data}))
 
 
-def info(model: str | None = None) -> None:
+def convert(model: str, out: str, config: str | None = None) -> None:
+    """Write any model that can be loaded as one of this package, safetensors and JSON, so that it can be tuned or shared.
+
+    Args:
+        model: As for sample.
+        out: Folder for model.safetensors and config.json; it must not hold a model yet.
+        config: Options of a checkpoint that does not carry its own: a JSON or YAML file, or a published name such as
+            vp/cifar10_ddpmpp_continuous.
+    """
+    from scoresde import load, save_pretrained
+    from scoresde.store import MODEL_FILE, check_writable
+
+    folder = Path(out)
+    if (folder / MODEL_FILE).exists():
+        raise FileExistsError(f"{folder} holds a model already; choose another folder with --out.")
+    check_writable(folder)
+    print(f"model: {save_pretrained(load(model, config=config), folder)}")
+
+
+def info(model: str | None = None, config: str | None = None) -> None:
     """Say what is installed, or what a model is.
 
     Args:
-        model: A model's folder or file, or a training run's folder. Without one: versions, devices, methods and SDEs.
+        model: As for sample. Without one: versions, devices, methods and SDEs.
+        config: Options of a checkpoint that does not carry its own: a JSON or YAML file, or a published name such as
+            vp/cifar10_ddpmpp_continuous.
     """
     from scoresde import METHODS, load
     from scoresde.sde import SDES
@@ -298,7 +329,7 @@ def info(model: str | None = None) -> None:
         cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         print(f"CUDA device: {cuda}\nmethods: {', '.join(METHODS)}\nSDEs: {', '.join(SDES)}")
         return
-    net = load(model)
+    net = load(model, config=config)
     print(json.dumps(describe(net), indent=2))
     print(f"parameters: {sum(p.numel() for p in net.parameters()):,}")
 
@@ -311,17 +342,21 @@ def draw_images(
     seed: int,
     nfe: int | None = None,
     progress: bool = True,
+    label: int | None = None,
 ) -> torch.Tensor:
-    """n images on the CPU, image i from (seed, i), as integer levels where the model has them."""
+    """n images on the CPU, image i from (seed, i), as integer levels where the model has them; `label` is their class."""
     from scoresde import sample as draw
     from scoresde.likelihood import quantize
+    from scoresde.modes import device_of
     from scoresde.rng import spawn
 
     parts = []
     for start in range(0, n, CHUNK):
         seeds = spawn(seed, min(CHUNK, n - start), start)
         shape = (len(seeds), *net.event_shape)
-        parts.append(draw(net, shape, method=method, steps=steps, nfe=nfe, seed=seeds, progress=progress).cpu())
+        cond = None if label is None else torch.full(shape[:1], label, device=device_of(net))
+        x = draw(net, shape, method=method, steps=steps, nfe=nfe, seed=seeds, cond=cond, progress=progress)
+        parts.append(x.cpu())
     x = torch.cat(parts)
     return x if net.levels is None else quantize(x, net.levels, net.value_range)
 

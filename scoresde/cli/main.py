@@ -1,4 +1,4 @@
-"""The command line: `scoresde demo | train | sample | tune | bpd | info`. Layer 5."""
+"""The command line: `scoresde demo | train | sample | tune | bpd | convert | info`. Layer 5."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": commands.sample,
     "tune": commands.tune,
     "bpd": commands.bpd,
+    "convert": commands.convert,
     "info": commands.info,
 }
 

@@ -1,9 +1,11 @@
 """Networks in plain PyTorch: `net(x, label, cond=None)` with a noise label (B,)."""
 
+from scoresde.nets.dit import DiT
 from scoresde.nets.lean import LeanUNet
 from scoresde.nets.mlp import MLP
+from scoresde.nets.presets import PRESETS, preset
 from scoresde.nets.unet import UNet
 
-NETS: dict[str, type] = {c.__name__: c for c in (UNet, LeanUNet, MLP)}
+NETS: dict[str, type] = {c.__name__: c for c in (UNet, LeanUNet, DiT, MLP)}
 
-__all__ = ["MLP", "NETS", "LeanUNet", "UNet"]
+__all__ = ["MLP", "NETS", "PRESETS", "DiT", "LeanUNet", "UNet", "preset"]
