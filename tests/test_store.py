@@ -263,7 +263,7 @@ def test_a_pickle_is_never_executed(tmp_path, name, writer):
         path.write_bytes(pickle.dumps(bomb))
     else:
         torch.save(bomb, path)
-    with pytest.raises(ValueError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"safetensors|[nN]othing in it was executed"):
         load(path)
     assert not target.exists()
     content = path.read_bytes()

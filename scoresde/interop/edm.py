@@ -103,6 +103,12 @@ def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = N
     return model.eval()
 
 
+def is_state(state: Any) -> bool:
+    """Whether what a file holds has the names of an EDM network, at most one level down."""
+    parts = [state, *state.values()] if isinstance(state, dict) else []
+    return any(isinstance(p, dict) and any(str(k).endswith("map_layer0.weight") for k in p) for p in parts)
+
+
 def _read(path: Path, state: Any = None) -> tuple[Path, Mapping[str, Tensor], dict[str, Any]]:
     """(file, tensors, constructor arguments as far as the file has them or stand beside it in config.json)."""
     options: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,33 @@ def _from_folder(path: Path, config: Any) -> ScoreModel:
 
 
 def _from_file(path: Path, config: Any) -> ScoreModel:
-    if path.suffix == ".pkl":
+    zipped = path.suffix != ".safetensors" and zipfile.is_zipfile(path)  # as torch.save writes, under whatever name
+    if path.suffix == ".pkl" and not zipped:
         return edm.load_edm(path, config)
-    if path.suffix in TORCH_FILES:
+    if zipped or path.suffix in TORCH_FILES:
         state = read_torch(path)
         if score_sde.is_checkpoint(state):
             return score_sde.load_score_sde(path, config, state=state)
-        if isinstance(state, dict):
+        if edm.is_state(state):
             return edm.load_edm(path, config, state=state)
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict.")
-    if path.suffix == ".safetensors" and read_tensors(path)[1] is None:
-        if is_diffusers(path.parent):
-            return load_diffusers(path.parent, config)
-        return edm.load_edm(path, config)
+        raise _unknown(path)
+    if path.suffix == ".safetensors":
+        tensors, header = read_tensors(path)
+        if header is None:
+            if is_diffusers(path.parent):
+                return load_diffusers(path.parent, config)
+            if edm.is_state(tensors):
+                return edm.load_edm(path, config)
+            raise _unknown(path)
     return _own(path, config)
+
+
+def _unknown(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} was written by another program and is none of the kinds known here (score_sde_pytorch's checkpoint_N.pth, "
+        f"networks of EDM, folders of diffusers, {MODEL_FILE} of this package). Load it into its own network and wrap that by "
+        "WrappedNet; a pickled module is never loaded."
+    )
 
 
 def _own(path: Path, config: Any) -> ScoreModel:
