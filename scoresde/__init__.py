@@ -9,6 +9,7 @@ nats = log_prob(model, x).value
 
 from scoresde._version import __version__
 from scoresde.checks import NonFiniteError
+from scoresde.guidance import ClassifierFreeGuidance
 from scoresde.interop import WrappedNet, from_pretrained, load, push_to_hub, save_pretrained
 from scoresde.latents import decode, encode, interpolate, round_trip, slerp
 from scoresde.likelihood import (
@@ -42,6 +43,7 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "BitsPerDim",
+    "ClassifierFreeGuidance",
     "CosineSDE",
     "DDPMBound",
     "DiffusedMixture",

@@ -53,6 +53,8 @@ def load_diffusers(path: str | os.PathLike[str], config: Any = None) -> ScoreNet
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise ValueError(f"{file} is no state dict: it should map names to tensors.")
     weights = Weights(tensors, str(file))
+    if name == "Transformer2DModel" and options.get("norm_type") == "ada_norm_zero":
+        name = "DiTTransformer2DModel"  # what files of that network were called before it had a class of its own
     if name == "DiTTransformer2DModel":
         net = dit_from_config(options, blocks_differ(weights))
         values = dit_weights(net, weights)

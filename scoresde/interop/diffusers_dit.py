@@ -2,8 +2,8 @@
 
 The networks are the same but for names and these points, all of which are followed, so that outputs are equal:
 
-- the noise features are cosines before sines, at $10000^{-j/127}$; the code that the published weights were trained with has
-  $10000^{-j/128}$;
+- the noise features are cosines before sines, at $10000^{-j/127}$; the code that the published weights were trained
+  with has $10000^{-j/128}$;
 - the layer norm before each MLP has `norm_eps`, 1e-5 by default, where that code has 1e-6;
 - each block holds an embedding of its own, even where, as in published files, all are equal. Then one is kept.
 
@@ -62,8 +62,8 @@ Names = Iterator[tuple[str, Tensor]]
 def dit_from_config(config: Mapping[str, Any], own_embeddings: bool) -> DiT:
     """The network that a `config.json` describes, with new weights.
 
-    `own_embeddings`: each block keeps a noise embedding of its own, see `blocks_differ`. Raises `ValueError` for options that
-    are not supported.
+    `own_embeddings`: each block keeps a noise embedding of its own, see `blocks_differ`. Raises `ValueError` for
+    options that are not supported.
     """
     for key, value in FIXED.items():
         got = config.get(key, value)
@@ -80,8 +80,8 @@ def dit_from_config(config: Mapping[str, Any], own_embeddings: bool) -> DiT:
     channels, out = options["in_channels"], options["out_channels"]
     if out not in (None, channels, 2 * channels):
         raise ValueError(
-            f"a diffusers DiT with in_channels={channels} should have out_channels={channels}, or {2 * channels} with a "
-            f"learned variance; got {out}."
+            f"a diffusers DiT with in_channels={channels} should have out_channels={channels}, or {2 * channels} with "
+            f"a learned variance; got {out}."
         )
     return DiT(
         channels,
@@ -117,7 +117,8 @@ def dit_weights(net: DiT, weights: Weights) -> dict[str, Tensor]:
     """
     if net.config["shared_embedding"] and blocks_differ(weights):
         raise ValueError(
-            f"the blocks in {weights.source} have different noise embeddings: build the network with own_embeddings=True."
+            f"the blocks in {weights.source} have different noise embeddings: build the network with "
+            "own_embeddings=True."
         )
     return dict(_renamed(net, weights))
 

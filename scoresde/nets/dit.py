@@ -21,8 +21,8 @@ Turn = tuple[Tensor, Tensor]
 class DiT(nn.Module):
     """Attention and MLPs on patches, modulated by the noise level: `forward(x, label, cond=None)`.
 
-    x (B, in_channels, *size), label (B,) -> (B, out_channels, *size). The output layer and all gates start at zero. `cond` as
-    in `NoiseEmbedding`; it is added to the noise features.
+    x (B, in_channels, *size), label (B,) -> (B, out_channels, *size). The output layer and all gates start at zero.
+    `cond` as in `NoiseEmbedding`; it is added to the noise features.
 
     Arguments:
         in_channels, out_channels: of the data as the network sees them.
@@ -30,18 +30,19 @@ class DiT(nn.Module):
         patch: side of a patch, one number or one per axis; it divides `size`.
         width, depth, heads: channels of a patch, blocks, attention heads in each.
         mlp_ratio: hidden channels of the MLPs, over width.
-        positions: "sincos" adds fixed sines and cosines of the patch's coordinates, width / rank channels for each axis, the
-            last axis first, so that width is a multiple of 2 * rank; x must have `size`. "rotary" turns queries and keys
-            instead (Su et al. 2021), as many pairs of a head's channels for each axis, the pairs left over none; attention then
-            sees differences of positions, and sizes other than `size` work if `patch` divides them.
+        positions: "sincos" adds fixed sines and cosines of the patch's coordinates, width / rank channels for each
+            axis, the last axis first, so that width is a multiple of 2 * rank; x must have `size`. "rotary" turns
+            queries and keys instead (Su et al. 2021), as many pairs of a head's channels for each axis, pairs left
+            over not at all; attention then sees differences of positions, and sizes other than `size` work if `patch`
+            divides them.
         embedding, frequencies, fourier_scale: kind, number and scale of the noise features.
         classes, cond_dim, drop_cond: conditions, see `NoiseEmbedding`.
         shared_embedding: one noise embedding for all, or one for each block, of which the output layer has the first's.
         dropout: probability, after attention and inside the MLPs.
         mlp_eps: of the layer norms before the MLPs; the others have 1e-6.
 
-    DiT-S, B, L and XL of the paper are width, depth, heads = (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1152, 28, 16). Raises
-    `ValueError` for options that do not fit each other or the size.
+    DiT-S, B, L and XL of the paper are width, depth, heads = (384, 12, 6), (768, 12, 12), (1024, 24, 16) and
+    (1152, 28, 16). Raises `ValueError` for options that do not fit each other or the size.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class DiT(nn.Module):
             )
         if self.positions is not None and size != self.size:
             raise ValueError(
-                f"the sine-cosine positions of this network are those of size {self.size}, got {size}; only a network with "
-                "positions='rotary' works at several sizes."
+                f"the sine-cosine positions of this network are those of size {self.size}, got {size}; only a network "
+                "with positions='rotary' works at several sizes."
             )
         if any(n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(f"each spatial axis must be a multiple of its patch, {self.patch}; got {size}.")
@@ -207,8 +208,8 @@ def _sincos(grid: Sequence[int], width: int) -> Tensor:
 def _turn(grid: Sequence[int], pairs: int, like: Tensor) -> Turn:
     """Cosine and sine (n, pairs) of the angles by which rotary positions turn the pairs of a head's channels.
 
-    Computed anew each time, which costs little beside the blocks: a buffer would be rounded with a bfloat16 network, and
-    angles of many radians need more digits than that.
+    Computed anew each time, which costs little beside the blocks: a buffer would be rounded with a bfloat16 network,
+    and angles of many radians need more digits than that.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     each = pairs // len(grid)

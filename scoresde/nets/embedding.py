@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,16 @@ class NoiseEmbedding(nn.Module):
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=0.02)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseEmbedding:
+        """Moves and casts, of which a cast to half precision spares the frequencies: rounded, they would lose the angles."""
+        kept = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype in (torch.bfloat16, torch.float16):
+            self.frequencies = kept.to(self.frequencies.device)
+        return self
+
     def forward(self, label: Tensor, cond: Any = None) -> Tensor:
+        label = label.to(torch.promote_types(label.dtype, torch.float32))
         angle = label[:, None] * self.frequencies.to(label.dtype)
         if self.turn != 1.0:
             angle = angle * self.turn
