@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class LeanUNet(nn.Module):
         attention: put one attention block in the middle of the coarsest resolution.
         positions: channels of a learned map that is appended to the input.
         embedding: width of the noise embedding.
-        cond_dim: size of an optional condition vector (B, cond_dim); a missing one counts as zeros.
+        cond_dim, classes, drop_cond: conditions, see `NoiseEmbedding`.
         dropout: probability, in every block.
 
     `forward(x, label, cond=None)`: x (B, in_channels, *size), label (B,) -> (B, out_channels, *size). The output layer
@@ -106,6 +107,8 @@ class LeanUNet(nn.Module):
         positions: int = 8,
         embedding: int = 128,
         cond_dim: int = 0,
+        classes: int = 0,
+        drop_cond: float = 0.0,
         dropout: float = 0.1,
     ):
         super().__init__()
@@ -129,10 +132,12 @@ class LeanUNet(nn.Module):
             positions=positions,
             embedding=embedding,
             cond_dim=cond_dim,
+            classes=classes,
+            drop_cond=drop_cond,
             dropout=dropout,
         )
         conv = CONV[rank]
-        self.embed = NoiseEmbedding(embedding, cond_dim)
+        self.embed = NoiseEmbedding(embedding, cond_dim, classes=classes, drop_cond=drop_cond)
         self.position_map = nn.Parameter(0.1 * torch.randn(1, positions, *size)) if positions else None
         self.enter = conv(in_channels + positions, channels[0], 3, padding=1)
         block = lambda c_in, c_out: ResBlock(rank, c_in, c_out, embedding, dropout)  # noqa: E731
@@ -151,7 +156,7 @@ class LeanUNet(nn.Module):
         self.norm = nn.GroupNorm(math.gcd(8, channels[0]), channels[0])
         self.leave = zero_(conv(channels[0], out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, label: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
         embedding = self.embed(label, cond)
         if self.position_map is not None:
             x = torch.cat([x, self.position_map.expand(x.shape[0], *self.position_map.shape[1:])], 1)

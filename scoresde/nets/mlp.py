@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ class MLP(nn.Module):
     """Residual perceptron: `forward(x, label, cond=None)`, x (B, dim), label (B,) -> (B, dim).
 
     Each of the `depth` blocks is norm, modulation by the noise embedding, two layers of `width`; the output layer
-    starts at zero. `config` holds the arguments.
+    starts at zero. `features` is the kind of noise features, "sinusoidal", "positional" or "fourier"; with `fourier_scale`,
+    `cond_dim`, `classes` and `drop_cond` it is what `NoiseEmbedding` says. `config` holds the arguments.
     """
 
     def __init__(
@@ -24,12 +27,29 @@ class MLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         embedding: int = 64,
+        features: str = "sinusoidal",
+        fourier_scale: float = 1.0,
         cond_dim: int = 0,
+        classes: int = 0,
+        drop_cond: float = 0.0,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.config = dict(dim=dim, width=width, depth=depth, embedding=embedding, cond_dim=cond_dim, dropout=dropout)
-        self.embed = NoiseEmbedding(embedding, cond_dim)
+        self.config = dict(
+            dim=dim,
+            width=width,
+            depth=depth,
+            embedding=embedding,
+            features=features,
+            fourier_scale=fourier_scale,
+            cond_dim=cond_dim,
+            classes=classes,
+            drop_cond=drop_cond,
+            dropout=dropout,
+        )
+        self.embed = NoiseEmbedding(
+            embedding, cond_dim, classes=classes, drop_cond=drop_cond, kind=features, scale=fourier_scale
+        )
         self.enter = nn.Linear(dim, width)
         self.norm = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))
         self.modulate = nn.ModuleList(nn.Linear(embedding, 2 * width) for _ in range(depth))
@@ -38,7 +58,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.leave = zero_(nn.Linear(width, dim))
 
-    def forward(self, x: Tensor, label: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
         embedding = self.embed(label, cond)
         h = self.enter(x)
         for norm, modulate, first, second in zip(self.norm, self.modulate, self.first, self.second, strict=True):
