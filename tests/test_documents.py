@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from scoresde import METHODS
 
@@ -39,6 +40,16 @@ def test_the_readme_s_likelihoods_run_on_the_first_model():
     exec(PYTHON[0], names)
     names["x"] = names["x"][:50]
     exec(next(block for block in PYTHON if "plan_likelihood" in block), names)
+
+
+def test_the_readme_s_networks_run():
+    """The block of networks: the count that it states, and a guided model that denoises a volume."""
+    names = {}
+    exec(next(block for block in PYTHON if "preset(" in block), names)
+    assert sum(p.numel() for p in names["net"].parameters()) == 62_758_787
+    x = torch.zeros(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert names["model"].denoise(x, 0.5, torch.tensor([1, 2])).shape == x.shape
 
 
 def test_the_readme_lists_every_method():
