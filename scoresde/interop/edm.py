@@ -36,43 +36,17 @@ from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, DiscreteVPSDE
 from scoresde.store import read_tensors
 
 PRECONDITIONINGS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond", "iddpm": "iDDPMPrecond"}
-PUBLISHED = {name: {"precond": name} for name in PRECONDITIONINGS} | {
+ARCHITECTURES = {
     "ddpmpp": {"model_type": "SongUNet", "embedding_type": "positional"},
     "ncsnpp": {"model_type": "SongUNet", "embedding_type": "fourier"},
     "adm": {"model_type": "DhariwalUNet"},
 }
 # constructor arguments that do not change what the network computes at evaluation, or that the weights show
-_SEEN = {
-    "img_resolution",
-    "img_channels",
-    "label_dim",
-    "augment_dim",
-    "model_channels",
-    "channel_mult",
-    "channel_mult_emb",
-}
-_SEEN |= {
-    "num_blocks",
-    "attn_resolutions",
-    "dropout",
-    "label_dropout",
-    "channel_mult_noise",
-    "encoder_type",
-    "decoder_type",
-}
-_SEEN |= {
-    "resample_filter",
-    "use_fp16",
-    "sigma_min",
-    "sigma_max",
-    "class_name",
-    "arch",
-    "name",
-    "init_args",
-    "M",
-    "C_1",
-    "C_2",
-}
+_SEEN = frozenset(
+    """img_resolution img_channels label_dim augment_dim model_channels channel_mult channel_mult_emb
+    num_blocks attn_resolutions dropout label_dropout channel_mult_noise encoder_type decoder_type
+    resample_filter use_fp16 sigma_min sigma_max class_name arch name init_args M C_1 C_2""".split()
+)
 
 Names = Iterator[tuple[str, Tensor]]
 
@@ -84,7 +58,7 @@ def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = N
     """The model of an EDM network: a state dict saved by `torch.save`, a safetensors file, or a snapshot `.pkl`.
 
     A snapshot is read without executing it, see `scoresde.interop.pickles`. `config` may give the original's constructor
-    arguments (dict, JSON or YAML file), or one of "edm", "vp", "ve", "iddpm": it decides the preconditioning and
+    arguments (dict, JSON or YAML file), or a name ("edm", "vp", "ve", "iddpm", "ncsnpp", ...): it decides the preconditioning and
     `sigma_data`, and is checked against the weights. Class-conditional networks take `cond` of class labels (B,) or one-hot rows
     (B, classes); without it, no class. `state` is what the file holds, if it has been read already.
 
@@ -93,7 +67,7 @@ def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = N
     """
     file, tensors, options = _read(Path(path), state)
     if config is not None:
-        options |= _flat(read_config(config, PUBLISHED))
+        options |= _named(config) if _is_name(config) else _flat(read_config(config))
     weights = Weights({k.removeprefix("model."): v for k, v in tensors.items()}, str(file))
     weights.ignore([k for k in weights.left if k.endswith("resample_filter") and "_aux_" in k and "residual" not in k])
     plan = _Plan(weights, options)
@@ -131,6 +105,28 @@ def _read(path: Path, state: Any = None) -> tuple[Path, Mapping[str, Tensor], di
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is no state dict of an EDM network: it should map names to tensors.")
     return path, state, options
+
+
+def _is_name(config: Any) -> bool:
+    return isinstance(config, str) and Path(config).suffix not in (".json", ".yaml", ".yml")
+
+
+def _named(name: str) -> dict[str, Any]:
+    """Options that a name such as "edm", "vp", "ncsnpp" or "edm-cifar10-32x32-uncond-vp" stands for."""
+    words = re.split(r"[^a-z]+", name.lower())
+    preconds = [w for w in words if w in PRECONDITIONINGS]
+    if "edm" in preconds:  # in the names of their snapshots vp and ve then stand for ddpmpp and ncsnpp
+        words = [{"vp": "ddpmpp", "ve": "ncsnpp"}.get(w, w) if w != "edm" else w for w in words]
+        preconds = ["edm"]
+    found: dict[str, Any] = {"precond": preconds[0]} if preconds else {}
+    for word in words:
+        found |= ARCHITECTURES.get(word, {})
+    if not found:
+        known = ", ".join((*PRECONDITIONINGS, *ARCHITECTURES))
+        raise ValueError(
+            f"{name!r} is no configuration of EDM; give its options, a .json or .yaml file, or a name of {known}."
+        )
+    return found
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +241,8 @@ def _model(plan: _Plan, weights: Weights, options: dict[str, Any]) -> ScoreNet:
 
 
 def _precond(options: dict[str, Any], weights: Weights) -> tuple[SDE, str, NoiseLabel]:
-    kind = str(options.get("precond", "iddpm" if "u" in weights else "edm"))
+    kind = str(options.get("precond", options.get("class_name", "iddpm" if "u" in weights else "edm")))
+    kind = kind.split(".")[-1]  # of a class with its module
     kind = PRECONDITIONINGS.get(kind.lower(), kind)
     if kind == "EDMPrecond":
         return EDMSDE(), "edm", NoiseLabel("log_sigma", 0.25)
