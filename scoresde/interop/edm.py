@@ -42,11 +42,11 @@ ARCHITECTURES = {
     "adm": {"model_type": "DhariwalUNet"},
 }
 # constructor arguments that do not change what the network computes at evaluation, or that the weights show
-_SEEN = frozenset(
-    """img_resolution img_channels label_dim augment_dim model_channels channel_mult channel_mult_emb
+_SEEN = """
+    img_resolution img_channels label_dim augment_dim model_channels channel_mult channel_mult_emb
     num_blocks attn_resolutions dropout label_dropout channel_mult_noise encoder_type decoder_type
-    resample_filter use_fp16 sigma_min sigma_max class_name arch name init_args M C_1 C_2""".split()
-)
+    resample_filter use_fp16 sigma_min sigma_max class_name arch name init_args M C_1 C_2
+"""
 
 Names = Iterator[tuple[str, Tensor]]
 
@@ -191,7 +191,10 @@ class _Plan:
                     f"the configuration says {key}={options[key]!r}, the weights in {source} say {value!r}."
                 )
         unknown = sorted(
-            options.keys() - seen.keys() - _SEEN - {"precond", "sigma_data", "beta_d", "beta_min", "epsilon_t"}
+            options.keys()
+            - seen.keys()
+            - set(_SEEN.split())
+            - {"precond", "sigma_data", "beta_d", "beta_min", "epsilon_t"}
         )
         if unknown:
             warnings.warn(
