@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from scoresde.interop.schedules import process_of_scheduler
-from scoresde.model import ScoreNet
+from scoresde.model import NoiseLabel, ScoreNet
 from scoresde.rng import RandomSource
 from scoresde.sample import sampler_for
 from scoresde.samplers import Sampler
@@ -62,7 +62,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         fourier = str(options.get("_class_name", "")) == "ScoreSdeVeScheduler"
         sde, kind, label = process_of_scheduler(options, fourier, "the scheduler")
         if fourier:  # such networks divide by sigma themselves, and take it
-            kind = "score"
+            kind, label = "score", NoiseLabel("sigma")
         self.model = ScoreNet(_Said(), sde, kind, label=label, sigma_data=sigma_data)
         self.init_noise_sigma = sde.prior_std
         self.timesteps = torch.zeros(0)
