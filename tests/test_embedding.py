@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scoresde.nets import MLP, LeanUNet, UNet
 from scoresde.nets.embedding import KINDS, NoiseEmbedding
 
 SMALL = dict(frequencies=6)
@@ -262,7 +263,6 @@ def test_dtypes(which, dtype):
             torch.testing.assert_close(out.float(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="bfloat16 networks round the frequencies too")
 @pytest.mark.parametrize(("kind", "size"), [("positional", 999.0), ("fourier", 2.0), ("sinusoidal", 2.0)])
 def test_low_precision_parameters_leave_the_angles_alone(kind, size):
     """Features of a float32 label in a bfloat16 module are those of float32, rounded once."""
@@ -271,7 +271,6 @@ def test_low_precision_parameters_leave_the_angles_alone(kind, size):
     torch.testing.assert_close(features(low, label).float(), features(module, label), atol=0.005, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the frequencies are rounded to the dtype of integer labels")
 @KIND
 def test_integer_noise_labels(kind):
     """0 ... 999 as integers are the same labels as in floating point."""
@@ -293,3 +292,56 @@ def test_devices_autocast_and_integer_widths(device):
             module.train()(label, given).float().sum().backward()
         torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0)
         assert all(bool(p.grad.isfinite().all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["MLP", "LeanUNet", "UNet"])
+def test_networks_tell_each_example_what_is_its_own(name):
+    """Each row of a network's result has its own x, label and condition, in training too, where some are dropped."""
+    torch.manual_seed(0)
+    options, shape = dict(classes=4, cond_dim=3), () if name == "MLP" else (4, 4)
+    net = {
+        "MLP": lambda: MLP(2, width=8, **options),
+        "LeanUNet": lambda: LeanUNet(2, 2, shape, channels=(8,), blocks=(1,), dropout=0.0, **options),
+        "UNet": lambda: UNet(2, 2, shape, width=8, multipliers=(1,), blocks=1, attention=(4,), **options),
+    }[name]().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(std=0.2)
+    x, label, cond = normal(3, 2, *shape), normal(3), condition("both", 3)
+    out, none = net(x, label, cond).detach(), net(x, label).detach()
+    for i in range(3):
+        row = slice(i, i + 1)
+        own = net(x[row], label[row], {k: v[row] for k, v in cond.items()})
+        torch.testing.assert_close(own, out[row], atol=1e-5, rtol=1e-4)
+    others = [net(x, label, cond | {k: v.flip(0)}) for k, v in cond.items()]
+    for changed in (net(x, label + 0.3, cond), none, *others):
+        moved = (changed - out).detach().abs().flatten(1).amax(1)
+        assert float(moved[[0, 2]].min()) > 1e-4
+    net.embed.drop_cond = 0.5
+    torch.manual_seed(0)
+    dropped = torch.rand(3) < 0.5
+    assert 0 < int(dropped.sum()) < 3
+    torch.manual_seed(0)
+    expected = torch.where(dropped.reshape(3, *(1,) * (x.dim() - 1)), none, out)
+    torch.testing.assert_close(net.train()(x, label, cond), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_conditions_that_are_no_tensors_or_out_of_range():
+    """Lists, numbers, booleans and labels beyond the classes are refused in words."""
+    net = NoiseEmbedding(8, classes=5).eval()
+    label = torch.zeros(2)
+    for bad in ([0, 1], 3, "one"):
+        with pytest.raises(TypeError, match="tensors"):
+            net(label, bad)
+    for bad in (
+        torch.tensor([True, False]),
+        torch.tensor([0, 6]),
+        torch.tensor([-1, 0]),
+        torch.zeros(2, dtype=torch.uint8),
+    ):
+        with pytest.raises(ValueError, match="class labels must be integers"):
+            net(label, bad)
+    with pytest.raises(ValueError, match=r"shape \(B,\)"):
+        net(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="at least"):
+        NoiseEmbedding(8, classes=-1)

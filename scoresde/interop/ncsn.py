@@ -1,8 +1,16 @@
-"""Discrete NCSN and NCSNv2 networks in score_sde_pytorch's configurations and files. Layer 4.
+"""NCSN and NCSNv2 (Song & Ermon 2019, 2020) in score_sde_pytorch's configurations and names. Layer 4.
 
-The noise levels are the table sigma_i, geometric from sigma_max (i = 0) down to sigma_min (i = N - 1), so `VESDE` passes
-through level i at t = 1 - i / (N - 1). NCSN is told i and gives the score; NCSNv2 is not told it, and sigma times its score is
-its output. Names are those of Song & Ermon's own repositories too (`res1.0.conv1`, `refine1.crp.convs.0`, ...).
+The noise levels are a table sigma_i, geometric from sigma_max (i = 0) down to sigma_min (i = N - 1), so `VESDE` passes through
+level i at t = 1 - i / (N - 1).
+
+| network | is told | its output |
+|---|---|---|
+| ncsn | i; between two levels, the nearer | the score |
+| ncsnv2 | nothing | sigma times the score |
+
+In score_sde_pytorch as it was published these networks do not run: its dilated convolutions are padded by one pixel whatever
+their dilation, and `ncsn` is built with norms that take no label. Meant is what the authors' earlier repositories (ncsn, ncsnv2)
+compute, whose names of tensors are the same, and that is what is done here.
 """
 
 from __future__ import annotations
@@ -39,7 +47,8 @@ def build_ncsn(options: dict[str, Any], weights: Weights) -> ScoreNet:
         if steps < 2:
             raise ValueError(f"num_scales must be 2 at least, got {steps}.")
         size, centred = int(data["image_size"]), bool(data["centered"])
-        channels = int(data.get("num_channels", data.get("channels", 3)))  # their configurations say one, their code the other
+        # their configurations have the one, their code asks for the other
+        channels = int(data.get("num_channels", data.get("channels", 3)))
         first = weights.left.get("begin_conv.weight")
         made = RefineNet(
             channels,
@@ -106,9 +115,9 @@ def ncsn_weights(net: RefineNet, weights: Weights) -> dict[str, Tensor]:
     coarsest_first = ["1", "2", "31", "3", "4", "5"] if len(net.up) == 6 else finest_first
 
     def conv(own: str, theirs: str) -> None:
-        for kind, value in net.get_submodule(own).named_parameters():
-            if value is not None:  # a convolution that a mean follows is one module further inside
-                found[f"{own}.{kind}"] = weights.take(f"{theirs}.{kind}", f"{theirs}.conv.{kind}")
+        for kind, _ in net.get_submodule(own).named_parameters():
+            # a convolution that a mean follows is one module further inside
+            found[f"{own}.{kind}"] = weights.take(f"{theirs}.{kind}", f"{theirs}.conv.{kind}")
 
     def layer(own: str, convolution: str, norm: str) -> None:
         conv(f"{own}.conv", convolution)

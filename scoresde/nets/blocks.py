@@ -32,15 +32,23 @@ def spread(features: Tensor, x: Tensor) -> Tensor:
     return features.reshape(*features.shape, *(1,) * (x.dim() - 2))
 
 
+def transforming() -> bool:
+    """Whether a transformation of `torch.func` is under way, in which values cannot be looked at."""
+    return getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
     """Softmax attention, (B, heads, n, d) each.
 
     `scaled_dot_product_attention`, whose fast kernels have a first derivative in reverse mode and no other. Where more
-    may be asked for, which is in forward mode and, outside of training, wherever gradients are on, it is written out.
+    may be asked for, which is in forward mode, under `torch.func` and, outside of training, wherever gradients are on, it
+    is written out.
     """
     plain = torch.is_grad_enabled() and not training
-    if not torch.compiler.is_compiling():
-        plain = plain or any(torch.autograd.forward_ad.unpack_dual(u).tangent is not None for u in (q, k, v))
+    if not plain and not torch.compiler.is_compiling():
+        plain = transforming() or any(
+            torch.autograd.forward_ad.unpack_dual(u).tangent is not None for u in (q, k, v)
+        )
     if not plain:
         return F.scaled_dot_product_attention(q, k, v)
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v
@@ -51,8 +59,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, norm: Callable[[int], nn.Module], heads: int = 1, rescale: bool = False):
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"channels ({channels}) must be a multiple of heads ({heads}).")
+        if heads < 1 or channels % heads:
+            raise ValueError(f"channels ({channels}) must be a multiple of heads, at least 1, got {heads}.")
         self.heads, self.gain = heads, 0.5**0.5 if rescale else None
         self.norm = norm(channels)
         self.qkv = xavier_(nn.Linear(channels, 3 * channels))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scoresde.nets.blocks import transforming
+
 KINDS = ("sinusoidal", "positional", "fourier")
 
 
@@ -48,6 +50,11 @@ class NoiseEmbedding(nn.Module):
             raise ValueError(f"unknown noise embedding {kind!r}; use one of {', '.join(KINDS)}.")
         if join not in ("hidden", "output"):
             raise ValueError(f"join must be 'hidden' or 'output', got {join!r}.")
+        if min(width, frequencies) < 1 or min(cond_dim, classes) < 0:
+            raise ValueError(
+                f"width and frequencies must be at least 1, cond_dim and classes at least 0, got {width}, {frequencies}, "
+                f"{cond_dim} and {classes}."
+            )
         if not 0.0 <= drop_cond < 1.0:
             raise ValueError(f"drop_cond must lie in [0, 1), got {drop_cond}.")
         self.register_buffer("frequencies", _frequencies(kind, frequencies, scale))
@@ -70,6 +77,8 @@ class NoiseEmbedding(nn.Module):
         return self
 
     def forward(self, label: Tensor, cond: Any = None) -> Tensor:
+        if label.dim() != 1:
+            raise ValueError(f"the noise label must have shape (B,), one number per example, got {tuple(label.shape)}.")
         label = label.to(torch.promote_types(label.dtype, torch.float32))
         angle = label[:, None] * self.frequencies.to(label.dtype)
         if self.turn != 1.0:
@@ -112,10 +121,13 @@ class NoiseEmbedding(nn.Module):
             classes = classes.masked_fill(dropped, self.class_count)
         return self.classes(classes)
 
+    def _in_range(self, classes: Tensor) -> bool:
+        return int(classes.min()) >= 0 and int(classes.max()) <= self.class_count
+
     def _parts(self, cond: Any, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """(classes, features) of a condition, after checking it."""
         if isinstance(cond, dict):
-            unknown = sorted(cond.keys() - {"classes", "features"})
+            unknown = sorted(str(k) for k in cond if k not in ("classes", "features"))
             if unknown:
                 raise ValueError(f"cond may have the keys 'classes' and 'features', got {', '.join(unknown)} as well.")
             classes, features = cond.get("classes"), cond.get("features")
@@ -126,17 +138,24 @@ class NoiseEmbedding(nn.Module):
         if (classes is not None and self.classes is None) or (features is not None and self.cond is None):
             knows = "features" if self.classes is None else "classes"
             raise ValueError(f"this network takes {knows} only; the condition has something else.")
+        for value in (classes, features):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"cond must hold tensors, got {type(value).__name__}; convert it with torch.as_tensor.")
         if features is not None and tuple(features.shape) != (batch, self.cond_dim):
             raise ValueError(
                 f"cond must have shape ({batch}, {self.cond_dim}) for this network, got {tuple(features.shape)}."
             )
         if classes is not None:
             wanted = (batch, self.class_count) if classes.is_floating_point() else (batch,)
-            if tuple(classes.shape) != wanted:
+            whole = classes.dtype in (torch.int64, torch.int32)
+            # elsewhere than on a CPU a look at the values would stall the device at every evaluation
+            looked = whole and classes.device.type == "cpu" and classes.numel() and not torch.compiler.is_compiling()
+            inside = not looked or transforming() or self._in_range(classes)
+            if tuple(classes.shape) != wanted or not (whole or classes.is_floating_point()) or not inside:
                 raise ValueError(
                     f"class labels must be integers of shape ({batch},) from 0 to {self.class_count} (the last for no "
                     f"class), or weights of shape ({batch}, {self.class_count}); got {classes.dtype} of shape "
-                    f"{tuple(classes.shape)}."
+                    f"{tuple(classes.shape)}{'' if inside else f' from {int(classes.min())} to {int(classes.max())}'}."
                 )
         return classes, features
 

@@ -39,8 +39,9 @@ class InstanceNormPlus(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None) -> Tensor:
         gamma, alpha, beta = (self.table if index is None else self.table[index]).chunk(3, 1)
-        variance, centre = torch.var_mean(x.mean((2, 3)), 1, keepdim=True)  # of the channels, over c - 1 as trained
-        means = (x.mean((2, 3)) - centre) * torch.rsqrt(variance + 1e-5)
+        means = x.mean((2, 3))
+        variance, centre = torch.var_mean(means, 1, keepdim=True)  # the sum over c - 1, as in training
+        means = (means - centre) * torch.rsqrt(variance + 1e-5)
         normed = F.group_norm(x, x.shape[1], eps=1e-5)  # a group for each channel is instance norm
         return torch.addcmul(spread(gamma * alpha * means + beta, x), spread(gamma, x), normed)
 
@@ -239,7 +240,9 @@ def _check(width: int, multipliers: tuple, dilations: tuple, activation: str, po
     if multipliers[-1] != multipliers[-2]:  # the coarsest refinement has no layer that could change the channels
         raise ValueError(f"the last two multipliers must be equal, got {multipliers}.")
     if width * min(multipliers) < 2 or min(dilations) < 1:
-        raise ValueError(f"every stage needs two channels and a dilation of 1 at least, got width={width}, "
-                         f"multipliers={multipliers}, dilations={dilations}.")  # fmt: skip
+        raise ValueError(
+            f"every stage needs two channels and a dilation of 1 at least, got width={width}, multipliers={multipliers}, "
+            f"dilations={dilations}."
+        )
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}.")

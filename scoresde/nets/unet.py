@@ -115,21 +115,27 @@ class UNet(nn.Module):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
+        for name in ("size", "multipliers", "attention", "taps"):
+            if not isinstance(given[name], (tuple, list)):
+                raise TypeError(f"{name} must be a tuple, one number for each axis or resolution, got {given[name]!r}.")
         size, multipliers, attention = tuple(size), tuple(multipliers), tuple(attention)
         _check(given, size, multipliers, attention)
         rank, levels = len(size), len(multipliers)
         lengths = [size[-1] // 2**i for i in range(levels)]
         widths = [round(width * m) for m in multipliers]
-        self.rescale_input, self.factor = rescale_input, 2 ** (levels - 1)
+        self.rank, self.rescale_input, self.factor = rank, rescale_input, 2 ** (levels - 1)
 
+        if frequencies is None:
+            frequencies = width if embedding == "fourier" else max(width // 2, 1)
+        embedding_width = 4 * width if embedding_width is None else embedding_width
         norm = functools.partial(_norm, group_channels=group_channels, max_groups=max_groups, eps=eps)
         attention_norm = norm
         if attention_groups:
             attention_norm = functools.partial(_norm, group_channels=1, max_groups=attention_groups, eps=eps)
         self.embed = NoiseEmbedding(
-            embedding_width or 4 * width,
+            embedding_width,
             cond_dim,
-            frequencies or (width if embedding == "fourier" else width // 2),
+            frequencies,
             classes=classes,
             drop_cond=drop_cond,
             kind=embedding,
@@ -139,7 +145,7 @@ class UNet(nn.Module):
         block = functools.partial(
             ResBlock,
             rank,
-            embedding=embedding_width or 4 * width,
+            embedding=embedding_width,
             norm=norm,
             dropout=dropout,
             modulation=modulation,
@@ -205,6 +211,11 @@ class UNet(nn.Module):
         self.leave = None if progressive_output == "skip" else _Head(rank, c, out_channels, norm)
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
+        if x.dim() != self.rank + 2 or x.shape[1] != self.config["in_channels"] or label.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"this network takes x of shape (B, {self.config['in_channels']}, {', '.join('*' * self.rank)}) and labels of "
+                f"shape (B,), got {tuple(x.shape)} and {tuple(label.shape)}."
+            )
         if any(n % self.factor for n in x.shape[2:]):
             raise ValueError(
                 f"this network halves its input {self.factor.bit_length() - 1} times: every spatial axis must be a "
@@ -318,6 +329,12 @@ def _check(given: dict, size: tuple, multipliers: tuple, attention: tuple) -> No
         raise ValueError(f"size must have 1, 2 or 3 spatial axes, got {size}.")
     if not multipliers:
         raise ValueError("multipliers must have one entry per resolution, got none.")
+    counts = ("in_channels", "out_channels", "width", "blocks", "heads", "group_channels", "max_groups")
+    for name, values in (*((n, (given[n],)) for n in counts), ("size", size)):
+        if any(v < 1 for v in values):
+            raise ValueError(f"{name} must be at least 1, got {given[name]}.")
+    if any(round(given["width"] * m) < 1 for m in multipliers):
+        raise ValueError(f"multipliers {multipliers} of width {given['width']} must each give a channel at least.")
     halvings = len(multipliers) - 1
     if any(n % 2**halvings for n in size):
         raise ValueError(f"size {size} cannot be halved {halvings} times; use fewer multipliers or pad the data.")
