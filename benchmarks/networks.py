@@ -4,15 +4,15 @@
 
 Equal networks: diffusers builds one, our loader reads its weights from a folder, and outputs must agree to 1e-4 before
 anything is timed. `ddpm` has the layout of google/ddpm-cifar10-32, `ncsnpp` that of google/ncsnpp-*, both at `--width`; `dit` is
-a DiT-S/2 of four blocks, without classes. `forward` is without gradients in evaluation mode, `train` a forward pass, mean square
-error, backward pass and step of AdamW. The other parts: our networks as they are against `torch.compile`d (the time of the first
-call apart); the two ways to attend; the published networks of CIFAR-10, one image, in either memory layout.
+a DiT-S/2 of four blocks, always given no class. `forward` is without gradients in evaluation mode, `train` a forward pass, mean
+square error, backward pass and step of AdamW. The other parts: our networks as they are against `torch.compile`d (the time of the
+first call apart); the two ways to attend; the published networks of CIFAR-10, one image, in either memory layout.
 
 The two sides of a row take turns, the first to go alternating, so that a machine that slows down slows both. A row ends after
 `--repeats` turns of both or after `--seconds`, but not before three. The ratio is that of the times of a turn, its median with
-quartiles over the turns; below one, the side named first is the faster. Times on a CPU are CPU time with one thread, which a busy
-machine disturbs least, and wall time with more. With CUDA there are rows of all networks in
-bfloat16 autocast with channels last too, both compiled and not, with peak memory.
+quartiles over the turns; below one, the side named first is the faster. On a CPU times are CPU time with one thread, which a busy
+machine disturbs least, and wall time with more; and there channels last are for the first batch only. With CUDA there are rows
+in bfloat16 autocast with channels last too, compiled and not, and the peak of memory beyond what is held between runs.
 """
 
 from __future__ import annotations
@@ -212,13 +212,14 @@ def timed(work: Work, device: torch.device) -> float:
 
 
 def peak(work: Work, device: torch.device) -> float | None:
-    """MiB that one run has allocated at most, on a GPU."""
+    """MiB that one run allocates at most beyond what is held already, on a GPU."""
     if device.type == "cpu":
         return None
+    held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - held) / 2**20
 
 
 @dataclass
@@ -233,7 +234,11 @@ class Bench:
     def compare(self, part: str, what: dict[str, Any], first: tuple[str, Work], second: tuple[str, Work]) -> None:
         """One row, printed as soon as it is known. Both run before, and the first call's time is kept."""
         names, works = zip(first, second, strict=True)
-        started = [timed(work, self.device) for work in works]
+        started = []
+        for work in works:
+            clock = time.perf_counter()
+            timed(work, self.device)
+            started.append(1e3 * (time.perf_counter() - clock))  # of wall time: compilers have processes of their own
         memory = [peak(work, self.device) for work in works]
         slow = max(started) > 500 and "compiled" not in names
         again = started if slow else [timed(work, self.device) for work in works]
@@ -280,7 +285,7 @@ def equal(bench: Bench, name: str, sides: tuple[Side, Side], batches: list[int],
     """Ours beside diffusers', as both are."""
     for layout in layouts if name != "dit" else layouts[:1]:  # which has one convolution
         placed = [side.placed(bench.device, LAYOUTS[layout]) for side in sides]
-        for batch in batches:
+        for batch in batches if layout == layouts[0] or bench.device.type != "cpu" else batches[:1]:
             inputs = example(batch, bench.device, LAYOUTS[layout], name)
             for task, make in TASKS.items():
                 what = dict(network=name, task=task, batch=batch, layout=layout)
@@ -369,7 +374,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="after which a row ends, once it has three turns")
     parser.add_argument("--networks", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compile", nargs="*", default=["ddpm", "dit"], choices=PEERS, help="these too; none: skip it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "networks.json")
     args = parser.parse_args()
     if args.quick:
@@ -377,6 +382,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
+    torch.compiler.config.force_disable_caches = True  # the first call's time shall not depend on earlier runs
     device = torch.device(args.device)
     bench = Bench(args.repeats, args.seconds, device, [])
     begun = time.perf_counter()
@@ -389,10 +395,10 @@ def main() -> None:
     attention(bench)
     heading("published networks, one image, float32")
     presets(bench)
-    if not args.no_compile:
-        heading("ours compiled, float32")
-        for name, (ours, _) in pairs.items():
-            compiled(bench, name, ours, args.batches[0], ["forward"] if args.quick else list(TASKS))
+    heading("ours compiled, float32")
+    for name in args.compile:
+        if name in pairs:
+            compiled(bench, name, pairs[name][0], args.batches[0], ["forward"] if args.quick else list(TASKS))
     notes = []
     if device.type == "cuda":
         heading("bfloat16 autocast, channels last")

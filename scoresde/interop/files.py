@@ -30,7 +30,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
             warnings.simplefilter("ignore")  # about dtypes of old NumPy
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        if "weights_only" in str(e) or "Unsupported" in str(e):
+        if "Unsupported operand" not in str(e):  # which is what bytes of another kind of file give
             raise ValueError(
                 f"{path} holds more than tensors and was refused; nothing in it was executed. Ask its author for a file of "
                 f"plain tensors (a state dict). The first thing refused: {_first_line(e)}"
@@ -41,13 +41,17 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} is not a readable PyTorch file ({_first_line(error)}); it is truncated or damaged. Copy it again."
+    return (
+        f"{path} is not a readable PyTorch file ({_first_line(error)}); it is truncated or damaged, or a pickle of another "
+        "program. Nothing in it was executed."
+    )
 
 
 def _first_line(error: Exception) -> str:
     text = str(error)
-    if "GLOBAL" in text:  # the name of what was refused, from torch's long advice
-        text = text[text.index("GLOBAL") :]
+    for start in ("GLOBAL", "Unsupported operand"):  # what was refused, out of torch's long advice
+        if start in text:
+            text = text[text.index(start) :]
     return (text.strip() or type(error).__name__).splitlines()[0][:200]
 
 

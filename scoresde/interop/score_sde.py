@@ -1,4 +1,4 @@
-"""Checkpoints of score_sde_pytorch (Song et al. 2021): DDPM, DDPM++ and NCSN++ under VP, sub-VP and VE. Layer 4.
+"""Checkpoints of score_sde_pytorch (Song et al. 2021): DDPM, DDPM++, NCSN++ and NCSN under VP, sub-VP and VE. Layer 4.
 
 Their files hold the weights in order of construction, `module.all_modules.{i}`, and no options; those come from the
 configuration. What the originals do around the network is said here by a `ScoreNet`:
@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from scoresde.interop.files import Weights, read_config, read_torch
+from scoresde.interop.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
 from scoresde.model import NoiseLabel, ScoreNet
+from scoresde.nets.refinenet import RefineNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import SDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
 
@@ -62,9 +64,10 @@ def load_score_sde(
         )
     tensors = _parameters(state, ema, str(file))
     weights = Weights({k.removeprefix("module."): v for k, v in tensors.items()}, str(file))
-    weights.ignore(["sigmas"])
     model = build_score_sde(options, weights)
-    weights.fill(model.net, dict(_renamed(model.net, weights)))
+    weights.ignore(["sigmas"])
+    older = isinstance(model.net, RefineNet)
+    weights.fill(model.net, ncsn_weights(model.net, weights) if older else dict(_renamed(model.net, weights)))
     return model.eval()
 
 
@@ -86,6 +89,8 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
 
 def build_score_sde(options: dict[str, Any], weights: Weights) -> ScoreNet:
     """An untrained model from the original's options; the width is read off the weights. Raises `ValueError`."""
+    if str(options.get("model", {}).get("name", "")).lower() in NCSN_MODELS:
+        return build_ncsn(options, weights)
     try:
         training, data, net = options["training"], options["data"], options["model"]
         continuous, kind = bool(training["continuous"]), str(training["sde"]).lower()
@@ -155,7 +160,10 @@ def _unet_options(net: dict[str, Any], size: int, weights: Weights) -> dict[str,
     if name == "ddpm":
         return options | dict(residual="ddpm", resample="conv", rescale_skips=False, group_channels=1)
     if name != "ncsnpp":
-        raise ValueError(f"the network {name!r} is not supported; known are ddpm and ncsnpp (which DDPM++ is, too).")
+        raise ValueError(
+            f"the network {name!r} is not supported; known are ddpm, ncsnpp (which DDPM++ is, too) and "
+            f"{', '.join(NCSN_MODELS)}."
+        )
     residual, fir = str(net["resblock_type"]).lower(), bool(net["fir"])
     if residual == "ddpm" and fir:
         raise ValueError("resblock_type 'ddpm' with fir does not run in the original either.")
@@ -204,10 +212,7 @@ def _renamed(net: UNet, weights: Weights) -> Names:
 
     def layer(own: str, *, of: str = "") -> Names:
         for kind in ("weight", "bias"):
-            yield (
-                f"{own}.{kind}",
-                weights.take(*(f"all_modules.{place}.{n}{kind}" for n in (of.split("|") if of else [""]))),
-            )
+            yield f"{own}.{kind}", weights.take(f"all_modules.{place}.{of}{kind}")
 
     def linear(own: str, number: int, *, conv: bool = False) -> Names:
         matrix = weights.take(f"all_modules.{place}.NIN_{number}.W").t()
@@ -265,17 +270,20 @@ def _renamed(net: UNet, weights: Weights) -> Names:
                 if getattr(stage.pyramid, "head", None) is not None:
                     yield from head(f"{own}.pyramid.head")
                 else:
-                    yield from layer(f"{own}.pyramid.up.conv", of="Conv_0.|Conv2d_0.")
+                    yield from layer(f"{own}.pyramid.up.conv", of="Conv_0.")
                     place += 1
             if stage.resample is not None:
                 if hasattr(stage.resample, "norm1"):
                     yield from residual(f"{own}.resample", stage.resample)
                 else:
-                    yield from layer(f"{own}.resample.conv", of="Conv_0.|Conv2d_0.")
+                    yield from layer(f"{own}.resample.conv", of="Conv_0.")
                 place += 1
             if way == "down" and stage.pyramid is not None:
-                inner = "conv" if hasattr(stage.pyramid, "conv") else "down.conv"
-                yield from layer(f"{own}.pyramid.{inner}", of="Conv_0.|Conv2d_0.")
+                if hasattr(stage.pyramid, "conv"):
+                    yield from layer(f"{own}.pyramid.conv", of="Conv_0.")
+                else:  # called otherwise where it has a filter
+                    fir = stage.pyramid.down.filter is not None
+                    yield from layer(f"{own}.pyramid.down.conv", of="Conv2d_0." if fir else "Conv_0.")
                 place += 1
     if net.leave is not None:
         yield from head("leave")
@@ -326,4 +334,4 @@ def _published() -> dict[str, dict[str, Any]]:
     return found
 
 
-PUBLISHED = _published()
+PUBLISHED = _published() | PUBLISHED_NCSN

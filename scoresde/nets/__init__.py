@@ -4,8 +4,9 @@ from scoresde.nets.dit import DiT
 from scoresde.nets.lean import LeanUNet
 from scoresde.nets.mlp import MLP
 from scoresde.nets.presets import PRESETS, preset
+from scoresde.nets.refinenet import RefineNet
 from scoresde.nets.unet import UNet
 
-NETS: dict[str, type] = {c.__name__: c for c in (UNet, LeanUNet, DiT, MLP)}
+NETS: dict[str, type] = {c.__name__: c for c in (UNet, LeanUNet, DiT, MLP, RefineNet)}
 
-__all__ = ["MLP", "NETS", "PRESETS", "DiT", "LeanUNet", "UNet", "preset"]
+__all__ = ["MLP", "NETS", "PRESETS", "DiT", "LeanUNet", "RefineNet", "UNet", "preset"]

@@ -46,9 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
     """
     plain = torch.is_grad_enabled() and not training
     if not plain and not torch.compiler.is_compiling():
-        plain = transforming() or any(
-            torch.autograd.forward_ad.unpack_dual(u).tangent is not None for u in (q, k, v)
-        )
+        plain = transforming() or any(torch.autograd.forward_ad.unpack_dual(u).tangent is not None for u in (q, k, v))
     if not plain:
         return F.scaled_dot_product_attention(q, k, v)
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v

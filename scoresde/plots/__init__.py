@@ -1,124 +1,39 @@
-"""Figures. Every function returns a matplotlib figure and touches no global state; nothing needs a display. Layer 4."""
+"""Figures. Functions with `ax=` draw into given axes or a figure of their own and return the axes; the others return a figure.
 
-from __future__ import annotations
+Nothing touches pyplot or any other global state, and nothing needs a display. Layer 4; matplotlib is imported when used.
+Colours are the same everywhere: `EXACT` for what is known, `LEARNED` for what was estimated.
+"""
 
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from scoresde.plots.curves import calibration, error_against_nfe, log_likelihood_histogram, training_curves
+from scoresde.plots.fields import density, grid_points, marginals, paths, points, score_field
+from scoresde.plots.images import GAP, reverse_path, sample_grids, save, tile
+from scoresde.plots.motion import animate, save_animation
+from scoresde.plots.style import BLUE, EXACT, GREEN, GREY, LEARNED, ORANGE, PALETTE, PURPLE
 
-import numpy as np
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Okabe & Ito's palette: distinguishable with every common colour vision
-GAP = 0.15  # between tiles, light where 0 is drawn white
-BLUE, ORANGE = "#0072B2", "#D55E00"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG at 150 dots per inch."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def tile(images: Tensor, columns: int, low: float = 0.0, high: float = 1.0, pad: int = 1) -> np.ndarray:
-    """Images (N, c, h, w), c = 1 or 3, side by side as one array (H, W) or (H, W, 3) in [0, 1], with light gaps."""
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must have shape (N, 1 or 3, h, w), got {tuple(images.shape)}.")
-    if not high > low:
-        raise ValueError(f"high must be above low, got low={low}, high={high}.")
-    x = ((images.detach().cpu().double() - low) / (high - low)).clamp(0, 1).movedim(1, -1).numpy()
-    n, h, w, c = x.shape
-    rows = math.ceil(n / columns)
-    board = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), GAP)
-    for i, image in enumerate(x):
-        top, left = (i // columns) * (h + pad) + pad, (i % columns) * (w + pad) + pad
-        board[top : top + h, left : left + w] = image
-    return board[..., 0] if c == 1 else board
-
-
-def _show(axes: Any, board: np.ndarray, title: str) -> None:
-    axes.imshow(board, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title, fontsize=10)
-    axes.axis("off")
-
-
-def sample_grids(groups: Mapping[str, Tensor], *, columns: int = 8, low: float = 0.0, high: float = 1.0) -> Figure:
-    """One grid of images per entry, for example real ones beside each method's samples. `groups`: title -> (N, c, h, w)."""
-    across = min(3, len(groups))
-    down = math.ceil(len(groups) / across)
-    figure = _figure(3.1 * across, 3.3 * down)
-    axes = figure.subplots(down, across, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
-    for ax, (title, images) in zip(axes, groups.items(), strict=False):
-        _show(ax, tile(images, columns, low, high), title)
-    return figure
-
-
-def reverse_path(times: Sequence[float], states: Sequence[Tensor], *, low: float = -1.0, high: float = 1.0) -> Figure:
-    """Samples along the reverse process: one row per sample, one column per time, noise on the left.
-
-    `times` (T,) decreasing; `states`, T tensors (N, c, h, w). Each column is scaled by its own spread, so that the
-    noise can be seen, moving to [low, high] as t falls.
-    """
-    figure = _figure(1.0 * len(times) + 0.3, 0.86 * states[0].shape[0] + 0.4)
-    axes = figure.subplots(1, len(times), squeeze=False)[0]
-    for ax, t, x in zip(axes, times, states, strict=True):
-        reach = max(1.0, float(x.std()) / 0.75)
-        _show(ax, tile(x, 1, low * reach, high * reach), f"t = {t:.2g}")
-    return figure
-
-
-def training_curves(history: Sequence[Mapping[str, float]], test: float | None = None) -> Figure:
-    """Training loss (noise error per dimension) and validation bits/dim against the step, side by side.
-
-    `history` holds records with "step" and either "loss" or "bits_per_dim" and "stderr"; `test` draws a line.
-    """
-    figure = _figure(9, 3.3)
-    left, right = figure.subplots(1, 2)
-    loss = [(r["step"], r["loss"]) for r in history if "loss" in r]
-    bits = [(r["step"], r["bits_per_dim"], r["stderr"]) for r in history if "bits_per_dim" in r]
-    if loss:
-        left.plot(*zip(*loss, strict=True), color=BLUE, lw=1)
-    left.set(xlabel="step", ylabel="squared noise error per dimension", title="Training loss")
-    left.set_ylim(*_range([v for _, v in loss[len(loss) // 20 :]]))
-    if bits:
-        steps, mean, error = zip(*bits, strict=True)
-        right.errorbar(steps, mean, error, color=BLUE, marker="o", ms=3, lw=1, capsize=2, label="validation, ELBO")
-    if test is not None:
-        right.axhline(test, color=ORANGE, ls="--", lw=1.2, label=f"test, exact ODE: {test:.3f}")
-    right.set(xlabel="step", ylabel="bits/dim", title="Bits per dimension")
-    shown = [value for _, value, _ in bits] + ([] if test is None else [test])
-    if shown:
-        right.set_ylim(min(shown) - 0.06, max(shown) + 0.06)
-        right.legend(frameon=False, fontsize=9)
-    for ax in (left, right):
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _range(values: Sequence[float]) -> tuple[float | None, float | None]:
-    if not values:
-        return None, None
-    low, high = min(values), max(values)
-    gap = 0.05 * (high - low) or 0.05
-    return low - gap, high + gap
-
-
-__all__ = ["reverse_path", "sample_grids", "save", "tile", "training_curves"]
+__all__ = [
+    "BLUE",
+    "EXACT",
+    "GAP",
+    "GREEN",
+    "GREY",
+    "LEARNED",
+    "ORANGE",
+    "PALETTE",
+    "PURPLE",
+    "animate",
+    "calibration",
+    "density",
+    "error_against_nfe",
+    "grid_points",
+    "log_likelihood_histogram",
+    "marginals",
+    "paths",
+    "points",
+    "reverse_path",
+    "sample_grids",
+    "save",
+    "save_animation",
+    "score_field",
+    "tile",
+    "training_curves",
+]
