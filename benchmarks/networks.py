@@ -417,7 +417,7 @@ def main() -> None:
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in libraries},
-            "options": json.loads(json.dumps(vars(args), default=str)),
+            "options": json.loads(json.dumps({k: v for k, v in vars(args).items() if k != "out"}, default=str)),
             "minutes": round((time.perf_counter() - begun) / 60, 1),
             "notes": notes,
             "rows": bench.rows,
