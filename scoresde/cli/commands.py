@@ -307,7 +307,7 @@ def convert(model: str, out: str, config: str | None = None) -> None:
 
     folder = Path(out)
     if (folder / MODEL_FILE).exists():
-        raise FileExistsError(f"{folder} holds a model already; choose another folder with --out.")
+        raise FileExistsError(f"{folder} holds a model already; choose another folder.")
     check_writable(folder)
     print(f"model: {save_pretrained(load(model, config=config), folder)}")
 

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _read(path: Path, state: Any = None) -> tuple[Path, Mapping[str, Tensor], di
         path = found[-1]
     if (path.parent / "config.json").is_file():
         options = _flat(read_config(path.parent / "config.json"))
-    if path.suffix == ".pkl":
+    if path.suffix == ".pkl" and state is None and not zipfile.is_zipfile(path):
         record = network_of(path)
         return path, record.state_dict(), options | {"precond": record.class_name} | _flat(dict(record.init_kwargs))
     if path.suffix == ".safetensors":
@@ -184,9 +185,20 @@ class _Plan:
             "num_blocks": self.blocks,
             "model_type": "DhariwalUNet" if self.adm else "SongUNet",
             "embedding_type": "fourier" if self.fourier else "positional",
+            "encoder_type": "standard" if self.input == "none" else self.input,
+            "decoder_type": "standard" if self.output == "none" else self.output,
+            "resample_filter": self.taps,
+            "attn_resolutions": self.attention,
         }
+        if not self.adm:  # whose first multiplier is in the width already
+            seen |= {"model_channels": self.width, "channel_mult": tuple(self.multipliers)}
+        given = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+        if "attn_resolutions" in given:
+            given["attn_resolutions"] = tuple(r for r in self.resolutions if r in given["attn_resolutions"])
+            if self.adm and set(self.attention) <= set(given["attn_resolutions"]):
+                given.pop("attn_resolutions")  # it has no attention where there are less than 64 channels
         for key, value in seen.items():
-            if options.get(key) not in (None, value):
+            if given.get(key) not in (None, value):
                 raise ValueError(
                     f"the configuration says {key}={options[key]!r}, the weights in {source} say {value!r}."
                 )

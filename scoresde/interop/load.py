@@ -64,6 +64,8 @@ def _from_file(path: Path, config: Any) -> ScoreModel:
         state = read_torch(path)
         if score_sde.is_checkpoint(state):
             return score_sde.load_score_sde(path, config, state=state)
+        if is_diffusers(path.parent):
+            return load_diffusers(path.parent, config)
         if edm.is_state(state):
             return edm.load_edm(path, config, state=state)
         raise _unknown(path)
