@@ -26,7 +26,8 @@ class ClassifierFreeGuidance(ScoreModel):
     model: one whose network was trained with its condition dropped at times (`drop_cond` of the networks here).
     scale: w; 0 is the model without the condition, 1 with it, more than 1 follows it more closely.
     interval: noise levels sigma/alpha, (low, high), outside of which w = 1.
-    unconditional: what stands for no condition, None by default.
+    unconditional: what stands for no condition, None by default; a tensor of one row, such as the label of no class, stands for
+        every example.
 
     Each evaluation costs two of the network (one for w = 0 or 1). Without a `cond` it is the model itself. The probability
     flow of a guided model is well defined, but not that of any noised data: the log densities are those of what it samples
@@ -62,10 +63,18 @@ class ClassifierFreeGuidance(ScoreModel):
     def terminal_log_prob(self, x: Tensor) -> Tensor:
         return self.model.terminal_log_prob(x)
 
+    def _without(self, batch: int) -> Any:
+        given = self.unconditional
+        if not isinstance(given, Tensor):
+            return given
+        if given.dim() and given.shape[0] != 1:
+            raise ValueError(f"unconditional must be None, one number or one row, got shape {tuple(given.shape)}.")
+        return given.expand(batch, *given.shape[1:])
+
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         if cond is None or (self.scale == 1.0):
             return self.model.denoise(x, t, cond)
-        without = self.unconditional
+        without = self._without(x.shape[0])
         if self.scale == 0.0 and self.interval is None:
             return self.model.denoise(x, t, without)
         base, given = self.model.denoise(x, t, without), self.model.denoise(x, t, cond)

@@ -108,8 +108,10 @@ def digest(tensors: dict[str, Tensor], about: Any = None) -> str:
 
 def describe(model: ScoreModel) -> dict[str, Any]:
     """The configuration that `build` turns into the same model, without its weights."""
-    if not isinstance(model, (ScoreNet, QuantizedScoreNet)):
-        raise TypeError(f"only ScoreNet and QuantizedScoreNet can be saved, got {type(model).__name__}.")
+    if type(model) not in (ScoreNet, QuantizedScoreNet):
+        raise TypeError(
+            f"only ScoreNet and QuantizedScoreNet can be saved, got {type(model).__name__}: what it adds could not be rebuilt."
+        )
     net, sde = type(model.net).__name__, type(model.sde).__name__
     if NETS.get(net) is not type(model.net) or SDES.get(sde) is not type(model.sde):
         raise TypeError(
@@ -234,7 +236,8 @@ def _read_model(path: Path) -> ScoreModel:
     if config is None:
         raise ValueError(f"{path} carries no scoresde configuration in its header; it was written by another program.")
     model = build(config, str(path))
-    kinds = {v.dtype for v in tensors.values() if v.is_floating_point()}
+    learned = dict(model.named_parameters())
+    kinds = {v.dtype for k, v in tensors.items() if k in learned}
     if len(kinds) == 1:
         model.to(kinds.pop())
     load_weights(model, tensors, str(path))

@@ -137,3 +137,18 @@ def test_refusals(unet):
         ours.step(x, 0, x)
     with pytest.raises(ValueError, match="no-such-method"):
         scheduler("no-such-method")
+
+
+def test_starting_in_the_middle(unet):
+    """A first step at a later timestep uses that one's coefficients, as image-to-image needs; going back is refused."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    ours, whole = scheduler("ddim"), scheduler("ddim")
+    ours.set_timesteps(5)
+    whole.set_timesteps(5)
+    out = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    for t in whole.timesteps[:2]:
+        whole.step(out, t, x)
+    expected = whole.step(out, whole.timesteps[2], x).prev_sample
+    assert torch.equal(ours.step(out, ours.timesteps[2], x).prev_sample, expected)
+    with pytest.raises(ValueError, match="not one of those to come"):
+        ours.step(out, ours.timesteps[0], x)

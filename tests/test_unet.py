@@ -164,7 +164,7 @@ def test_other_sizes(options):
         ((4,), dict(drop_cond=1.0), "drop_cond must lie"),
         ((4,), dict(heads=3), r"channels \(16\) must be a multiple of heads, at least 1, got 3"),
         ((4,), dict(multipliers=(1, 1.25), max_groups=4), "18 channels cannot be split into 4 groups"),
-        ((4,), dict(head_channels=32), "multiple of heads, at least 1, got 0"),
+        ((4,), dict(head_channels=32), "head_channels=32 is more than the 16 channels"),
         ((4,), dict(attention_groups=5), "channels cannot be split into 5 groups"),
         ((4,), dict(resample="fir", taps=(1,)), "at least two numbers"),
         ((4,), dict(resample="fir", taps=(1, -1)), "sum other than 0"),

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.interop.diffusers_dit import blocks_differ, dit_from_config, dit_weights
-from scoresde.interop.files import Weights, read_config, read_torch
+from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.interop.schedules import process_of_scheduler
 from scoresde.model import ScoreNet
 from scoresde.nets.unet import UNet
+from scoresde.sde import VESDE
 from scoresde.store import read_tensors
 
 COMPONENTS = ("unet", "transformer")
@@ -44,7 +45,7 @@ def load_diffusers(path: str | os.PathLike[str], config: Any = None) -> ScoreNet
     are not supported, and weights that do not fit the options.
     """
     folder = model_folder(path)
-    options = _json(folder / "config.json")
+    options = read_config(folder / "config.json")
     name = options.get("_class_name")
     file = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
     if file is None:
@@ -53,32 +54,43 @@ def load_diffusers(path: str | os.PathLike[str], config: Any = None) -> ScoreNet
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise ValueError(f"{file} is no state dict: it should map names to tensors.")
     weights = Weights(tensors, str(file))
+    weights.check()
+    with fitting(str(file)):
+        net = _network(name, options, weights, folder)
+    fourier = options.get("time_embedding_type") == "fourier"
+    scheduler = _scheduler(Path(path), folder) if config is None else read_config(config)
+    sde, parameterization, label = process_of_scheduler(scheduler, fourier, str(path))
+    return ScoreNet(net, sde, parameterization, label=label, **data_of(options, isinstance(sde, VESDE))).eval()
+
+
+def data_of(options: Mapping[str, Any], exploding: bool) -> dict[str, Any]:
+    """What a network's options say of its data, as options of `ScoreNet`: images in [0, 1] for NCSN++, else in [-1, 1]; or
+    latents, of which no levels are known."""
+    pixels = "num_embeds_ada_norm" not in options
+    centred = bool(options.get("center_input_sample", False)) or exploding
+    size, channels = options.get("sample_size"), int(options.get("in_channels", 3))
+    shape = (channels, *((size, size) if isinstance(size, int) else size)) if size else None
+    return dict(
+        sigma_data=(0.25 if centred else 0.5) if pixels else 1.0,
+        event_shape=shape,
+        levels=256 if pixels else None,
+        value_range=(0.0, 1.0) if centred else (-1.0, 1.0),
+    )
+
+
+def _network(name: str | None, options: dict[str, Any], weights: Weights, folder: Path) -> nn.Module:
     if name == "Transformer2DModel" and options.get("norm_type") == "ada_norm_zero":
         name = "DiTTransformer2DModel"  # what files of that network were called before it had a class of its own
     if name == "DiTTransformer2DModel":
         net = dit_from_config(options, blocks_differ(weights))
         values = dit_weights(net, weights)
-        centred = pixels = False
     elif name == "UNet2DModel":
         net = unet_from_config(options, weights)
         values = dict(_renamed(net, options, weights))
-        centred, pixels = bool(options.get("center_input_sample", False)), True
     else:
         raise ValueError(f"{folder} holds a {name}; supported are UNet2DModel and DiTTransformer2DModel.")
     weights.fill(net, values)
-    fourier = options.get("time_embedding_type") == "fourier"
-    scheduler = _scheduler(Path(path), folder) if config is None else read_config(config)
-    sde, parameterization, label = process_of_scheduler(scheduler, fourier, str(path))
-    return ScoreNet(
-        net,
-        sde,
-        parameterization,
-        label=label,
-        sigma_data=0.25 if centred else 0.5 if pixels else 1.0,
-        event_shape=(net.config["in_channels"], *net.config["size"]) if options.get("sample_size") else None,
-        levels=256 if pixels else None,
-        value_range=(0.0, 1.0) if centred else (-1.0, 1.0),
-    ).eval()
+    return net
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
@@ -97,18 +109,14 @@ def is_diffusers(path: Path) -> bool:
     if (path / "model_index.json").is_file():
         return True
     config = path / "config.json"
-    return config.is_file() and "_class_name" in _json(config)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_config(path)
+    return config.is_file() and "_class_name" in read_config(config)
 
 
 def _scheduler(path: Path, folder: Path) -> dict[str, Any] | None:
     for place in (path / "scheduler", path, folder, folder.parent / "scheduler", folder.parent):
         file = place / "scheduler_config.json"
         if file.is_file():
-            return _json(file)
+            return read_config(file)
     return None
 
 
@@ -130,6 +138,9 @@ def unet_from_config(config: Mapping[str, Any], weights: Weights) -> UNet:
     """An untrained `UNet` of the structure of a `UNet2DModel` with these options. Raises `ValueError` for unsupported ones."""
     get = {**_DEFAULTS, **{k: v for k, v in config.items() if not k.startswith("_")}}.__getitem__
     down, up = list(get("down_block_types")), list(get("up_block_types"))[::-1]
+    foreign = [k for k in config if k not in _DEFAULTS and k != "num_train_timesteps" and not k.startswith("_")]
+    if foreign:
+        raise ValueError(f"options {', '.join(foreign)} of UNet2DModel are not known here, so they cannot be left out.")
     unknown = [k for k in down + up if k not in _KINDS]
     if unknown:
         raise ValueError(f"blocks {', '.join(sorted(set(unknown)))} are not supported; known are {', '.join(_KINDS)}.")
@@ -174,6 +185,7 @@ def unet_from_config(config: Mapping[str, Any], weights: Weights) -> UNet:
         embedding_width=get("time_embedding_dim") or 4 * widths[0],
         classes=int(get("num_class_embeds") or 0),
         join="output",
+        null_class=False,
         group_channels=1 if groups else 4,
         max_groups=int(groups or 32),
         attention_groups=32 if skip else None,

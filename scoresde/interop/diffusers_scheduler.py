@@ -77,6 +77,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         self._times = time_grid(self.sampler, self.model, num_inference_steps)
         asked = self._times if self.sampler.denoise_final else self._times[:-1]
         self.timesteps = self.model.label(self.model.sde, asked).to(device=device, dtype=torch.float32)
+        self._asked = self.timesteps.tolist()
         self._place, self._state, self._bound = 0, None, None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -95,9 +96,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         """The sample at the next time, as `.prev_sample` or in a tuple; to be called in the order of `timesteps`."""
         if not len(self.timesteps):
             raise ValueError("call set_timesteps before step.")
-        i, times = self._place, self._times.tolist()
-        if i >= len(self.timesteps):
-            raise ValueError(f"all {i} timesteps are done; call set_timesteps to start again.")
+        i, times = self._index(float(timestep)), self._times.tolist()
         if self._bound is None:
             self._bound = self.model.bound(sample, self._times)
             self._state = self.sampler.start(self._bound, self._times)
@@ -109,6 +108,20 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
             out = self.sampler.step(self._bound, sample, times[i], times[i + 1], self._state, noise, None)
         self._place = i + 1
         return SimpleNamespace(prev_sample=out) if return_dict else (out,)
+
+    def _index(self, timestep: float) -> int:
+        """Where in `timesteps` this one is: the next, or another one to start from, as image-to-image pipelines do."""
+        near = lambda i: abs(self._asked[i] - timestep) <= 1e-4 * max(1.0, abs(timestep))  # noqa: E731
+        i = self._place
+        if i < len(self._asked) and near(i):
+            return i
+        found = [k for k in range(len(self._asked)) if near(k)]
+        if not found or (i and self._bound is not None and found[0] < i):
+            raise ValueError(
+                f"timestep {timestep:g} is not one of those to come, or all are done; call set_timesteps to start again."
+            )
+        self._bound = None  # what a multistep method remembers ends here
+        return found[0]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t for data x_0, unit noise and timesteps (B,) as in `timesteps`."""

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.interop.files import Weights, read_config, read_torch
+from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.interop.pickles import network_of
 from scoresde.model import NoiseLabel, ScoreNet
 from scoresde.nets.unet import UNet
@@ -69,7 +69,12 @@ def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = N
     file, tensors, options = _read(Path(path), state)
     if config is not None:
         options |= _named(config) if _is_name(config) else _flat(read_config(config))
-    weights = Weights({k.removeprefix("model."): v for k, v in tensors.items()}, str(file))
+    with fitting(str(file)):
+        return _model_of(Weights({str(k).removeprefix("model."): v for k, v in tensors.items()}, str(file)), options)
+
+
+def _model_of(weights: Weights, options: dict[str, Any]) -> ScoreNet:
+    weights.check()
     weights.ignore([k for k in weights.left if k.endswith("resample_filter") and "_aux_" in k and "residual" not in k])
     plan = _Plan(weights, options)
     model = _model(plan, weights, options)
@@ -114,7 +119,18 @@ def _is_name(config: Any) -> bool:
 
 def _named(name: str) -> dict[str, Any]:
     """Options that a name such as "edm", "vp", "ncsnpp" or "edm-cifar10-32x32-uncond-vp" stands for."""
-    words = re.split(r"[^a-z]+", name.lower())
+    words = [w for w in re.split(r"[^a-z]+", name.lower()) if w]
+    about = {
+        "baseline",
+        "cifar",
+        "imagenet",
+        "ffhq",
+        "afhqv",
+        "x",
+        "cond",
+        "uncond",
+        "pkl",
+    }  # the rest of their snapshots' names
     preconds = [w for w in words if w in PRECONDITIONINGS]
     if "edm" in preconds:  # in the names of their snapshots vp and ve then stand for ddpmpp and ncsnpp
         words = [{"vp": "ddpmpp", "ve": "ncsnpp"}.get(w, w) if w != "edm" else w for w in words]
@@ -122,7 +138,7 @@ def _named(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"precond": preconds[0]} if preconds else {}
     for word in words:
         found |= ARCHITECTURES.get(word, {})
-    if not found:
+    if not found or any(w not in {*PRECONDITIONINGS, *ARCHITECTURES, *about} for w in words):
         known = ", ".join((*PRECONDITIONINGS, *ARCHITECTURES))
         raise ValueError(
             f"{name!r} is no configuration of EDM; give its options, a .json or .yaml file, or a name of {known}."
@@ -260,7 +276,8 @@ def _precond(options: dict[str, Any], weights: Weights) -> tuple[SDE, str, Noise
     kind = kind.split(".")[-1]  # of a class with its module
     kind = PRECONDITIONINGS.get(kind.lower(), kind)
     if kind == "EDMPrecond":
-        return EDMSDE(), "edm", NoiseLabel("log_sigma", 0.25)
+        low, high = float(options.get("sigma_min", 0.0)), float(options.get("sigma_max", math.inf))
+        return EDMSDE(low or 0.002, high if math.isfinite(high) else 80.0), "edm", NoiseLabel("log_sigma", 0.25)
     if kind == "VPPrecond":
         low = float(options.get("beta_min", 0.1))
         sde = VPSDE(low, low + float(options.get("beta_d", 19.9)), float(options.get("epsilon_t", 1e-5)))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import os
 import pickle
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+_LOCK = threading.Lock()  # what may be unpickled is a setting of the whole process
 
 
 def read_torch(path: str | os.PathLike[str]) -> Any:
@@ -25,8 +31,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
-        with torch.serialization.safe_globals(_numpy_scalar()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about dtypes of old NumPy
+        with _LOCK, torch.serialization.safe_globals(_absent(_numpy_scalar())):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if "Unsupported operand" not in str(e):  # which is what bytes of another kind of file give
@@ -55,17 +60,45 @@ def _first_line(error: Exception) -> str:
 
 
 def _numpy_scalar() -> list[Any]:
-    """The globals by which a float64 scalar of NumPy is pickled, by today's and by yesterday's name."""
-    import numpy as np
-
+    """The globals by which a float64 scalar of NumPy is pickled, by today's and by yesterday's name, for that use alone."""
     core = np._core if hasattr(np, "_core") else np.core
-    scalar = core.multiarray.scalar
-    return [
-        np.dtype,
-        np.dtypes.Float64DType,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-    ]
+
+    def dtype(code: str, *flags: Any) -> np.dtype:
+        if code not in ("f8", "<f8"):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype of {code!r}: only float64 scalars of NumPy are read")
+        return np.dtype("<f8")
+
+    def scalar(kind: np.dtype, data: bytes) -> np.float64:
+        return core.multiarray.scalar(kind, data)
+
+    named = [(dtype, "numpy", "dtype"), (scalar, "numpy.core.multiarray", "scalar")]
+    copy = types.FunctionType(scalar.__code__, globals(), "scalar", None, scalar.__closure__)
+    named.append((copy, "numpy._core.multiarray", "scalar"))
+    for function, module, name in named:
+        function.__module__, function.__name__, function.__qualname__ = module, name, name
+    return [*(f for f, _, _ in named), np.dtypes.Float64DType]
+
+
+def _absent(wanted: list[Any]) -> list[Any]:
+    """Those that the program has not allowed by itself, which would be taken away from it afterwards."""
+    there = {
+        f if isinstance(f, tuple) else (f, f"{f.__module__}.{f.__name__}")
+        for f in torch.serialization.get_safe_globals()
+    }
+    names = {name for _, name in there}
+    return [f for f in wanted if f"{f.__module__}.{f.__name__}" not in names]
+
+
+@contextlib.contextmanager
+def fitting(source: str) -> Iterator[None]:
+    """Turns what goes wrong while weights and options are taken apart into a `ValueError` that names the file."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+        raise ValueError(
+            f"{source} and its configuration do not hold what their layout promises ({type(e).__name__}: {_first_line(e)}). "
+            "Check that the file is whole and the configuration its own."
+        ) from e
 
 
 def read_config(config: Any, names: Mapping[str, Callable[[], dict] | dict] | None = None) -> dict[str, Any]:
@@ -99,12 +132,15 @@ def read_config(config: Any, names: Mapping[str, Callable[[], dict] | dict] | No
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold a mapping of options, got {type(found).__name__}.")
         return found
-    name = str(config)
-    if name.endswith(".py") and name.removesuffix(".py").removeprefix("configs/") not in (names or {}):
-        raise ValueError(f"{name} is Python, which is not executed here; give its options as a dict or a JSON file.")
-    name = name.removesuffix(".py").removeprefix("configs/")
-    if name not in (names or {}):
-        known = ", ".join(sorted(names or {})) or "none for this kind of checkpoint"
+    names = names or {}
+    name = str(config).removesuffix(".py").rpartition("configs/")[2]  # of a published file too, wherever it lies
+    if name not in names:
+        if str(config).endswith(".py"):
+            raise ValueError(
+                f"{config} is Python, which is not executed here; give its options as a dict or a JSON file."
+            )
+        near = difflib.get_close_matches(name, names, 3)
+        known = ", ".join(near or sorted(names)) or "none for this kind of checkpoint"
         raise ValueError(
             f"{name!r} is neither a configuration file (.json, .yaml) nor a published name; known: {known}."
         )
@@ -133,6 +169,17 @@ class Weights:
         """Drop what the network does not need."""
         for name in names:
             self.left.pop(name, None)
+
+    def check(self) -> None:
+        """`ValueError` for what is no number or not finite."""
+        for name, value in self.left.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+                what = (
+                    "not finite"
+                    if isinstance(value, Tensor) and value.is_floating_point()
+                    else "no floating-point tensor"
+                )
+                raise ValueError(f"{self.source}: {name} is {what}; the file is damaged, or its training diverged.")
 
     def fill(self, net: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Load `values`, by the network's own names, after checking names and shapes. Raises `ValueError` naming the file."""

@@ -33,8 +33,10 @@ def load(path_or_hub_id: str | os.PathLike[str], *, config: Any = None) -> Score
     Raises `FileNotFoundError` where there is nothing of that name, and `ValueError` for a damaged, foreign or newer file, one
     with code in it, or options that do not fit the weights, saying what it is.
     """
-    path = Path(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
     if not path.exists():
+        if Path(path.parts[0] if path.parts else ".").is_dir() or path.suffix in (*TORCH_FILES, ".pkl", ".safetensors"):
+            raise FileNotFoundError(f"there is no file or folder {path}; give a model's folder or its {MODEL_FILE}.")
         if not is_hub_id(str(path_or_hub_id)):
             raise FileNotFoundError(f"there is no file or folder {path}; give a model's folder or its {MODEL_FILE}.")
         path = download(str(path_or_hub_id))

@@ -10,6 +10,14 @@ import numpy as np
 from scoresde.model import NoiseLabel
 from scoresde.sde import SDE, VESDE, DiscreteVPSDE, RectifiedFlow
 
+# those whose betas are the process; what else a name may do to them is refused below
+DISCRETE = """
+    DDPM DDPMParallel DDIM DDIMParallel DDIMInverse PNDM UniPCMultistep DEISMultistep DPMSolverMultistep
+    DPMSolverMultistepInverse DPMSolverSinglestep DPMSolverSDE EulerDiscrete EulerAncestralDiscrete HeunDiscrete
+    KDPM2Discrete KDPM2AncestralDiscrete LMSDiscrete SASolver
+"""
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+OPTIONS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v_prediction", "sample": "denoise"}
 
 
@@ -51,6 +59,8 @@ def process_of_scheduler(options: Mapping[str, Any] | None, fourier: bool, sourc
             "beta_schedule='linear', num_train_timesteps=1000), or dict(sigma_min=0.01, sigma_max=348) for NCSN++."
         )
     name = str(options.get("_class_name", ""))
+    if name == "SamplerScheduler":  # one of ours, around the options of the original
+        return process_of_scheduler(options["options"], fourier, source)
     if fourier or name == "ScoreSdeVeScheduler":
         try:
             sde = VESDE(float(options["sigma_min"]), float(options["sigma_max"]))
@@ -58,14 +68,30 @@ def process_of_scheduler(options: Mapping[str, Any] | None, fourier: bool, sourc
             raise ValueError(f"the scheduler of {source} lacks {e}, which a variance exploding process needs.") from e
         return sde, "scaled_score", NoiseLabel("log_sigma")
     steps = int(options.get("num_train_timesteps", 1000))
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if name in FLOWS:
         return RectifiedFlow(), "velocity", NoiseLabel("time", float(steps))
-    if name == "ScoreSdeVpScheduler" or name.startswith("EDM"):
-        raise ValueError(
-            f"the schedule of {name} is not known; wrap the network with `WrappedNet` and the SDE it was trained for."
-        )
+    _refuse_schedule(options, name, source)
     prediction = options.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction_type {prediction!r} is not known; known are {', '.join(PREDICTIONS)}.")
     sde = DiscreteVPSDE(tuple(betas_of(options).tolist()))
     return sde, PREDICTIONS[prediction], NoiseLabel("time", len(sde.betas) - 1.0)
+
+
+def _refuse_schedule(options: Mapping[str, Any], name: str, source: str) -> None:
+    """`ValueError` for options under which the betas are not the whole truth, or that say nothing about them."""
+    if name and name.removesuffix("Scheduler") not in DISCRETE.split():
+        raise ValueError(
+            f"the schedule of {name} is not known; wrap the network by WrappedNet with the SDE it was trained for, or "
+            "give config= with the betas."
+        )
+    for key, plain in (("timestep_type", "discrete"), ("snr_shift_scale", 1.0), ("use_flow_sigmas", False)):
+        if options.get(key) not in (None, plain):
+            raise ValueError(f"{name} with {key}={options[key]!r} is not supported; only {plain!r} is.")
+    if not name:
+        unknown = [k for k in options if k not in OPTIONS and not k.startswith("_")]
+        if unknown or not any(k in options for k in OPTIONS):
+            raise ValueError(
+                f"config= for {source} must hold options of its scheduler ({', '.join(OPTIONS)}; sigma_min and sigma_max for "
+                f"NCSN++), got {', '.join(map(str, unknown)) or 'none'}."
+            )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.interop.files import Weights, read_config, read_torch
+from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.interop.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
 from scoresde.model import NoiseLabel, ScoreNet
 from scoresde.nets.refinenet import RefineNet
@@ -62,12 +62,14 @@ def load_score_sde(
         raise ValueError(
             f"{file} is no checkpoint of score_sde_pytorch: it should hold 'model' and 'ema', has {found}."
         )
-    tensors = _parameters(state, ema, str(file))
-    weights = Weights({k.removeprefix("module."): v for k, v in tensors.items()}, str(file))
-    model = build_score_sde(options, weights)
-    weights.ignore(["sigmas"])
-    older = isinstance(model.net, RefineNet)
-    weights.fill(model.net, ncsn_weights(model.net, weights) if older else dict(_renamed(model.net, weights)))
+    with fitting(str(file)):
+        tensors = _parameters(state, ema, str(file))
+        weights = Weights({k.removeprefix("module."): v for k, v in tensors.items()}, str(file))
+        weights.check()
+        model = build_score_sde(options, weights)
+        weights.ignore(["sigmas"])
+        older = isinstance(model.net, RefineNet)
+        weights.fill(model.net, ncsn_weights(model.net, weights) if older else dict(_renamed(model.net, weights)))
     return model.eval()
 
 
@@ -93,10 +95,10 @@ def build_score_sde(options: dict[str, Any], weights: Weights) -> ScoreNet:
         return build_ncsn(options, weights)
     try:
         training, data, net = options["training"], options["data"], options["model"]
-        continuous, kind = bool(training["continuous"]), str(training["sde"]).lower()
+        continuous, kind = _flag(training, "continuous"), str(training["sde"]).lower()
         sde, label, parameterization = _process(kind, continuous, net)
         channels, size = int(data.get("num_channels", 3)), int(data["image_size"])
-        centred = bool(data["centered"])
+        centred = _flag(data, "centered")
         if kind == "vesde" and not net.get("scale_by_sigma", True):
             parameterization = "score"
         elif kind != "vesde" and net.get("scale_by_sigma", False):
@@ -164,23 +166,32 @@ def _unet_options(net: dict[str, Any], size: int, weights: Weights) -> dict[str,
             f"the network {name!r} is not supported; known are ddpm, ncsnpp (which DDPM++ is, too) and "
             f"{', '.join(NCSN_MODELS)}."
         )
-    residual, fir = str(net["resblock_type"]).lower(), bool(net["fir"])
+    residual, fir = str(net["resblock_type"]).lower(), _flag(net, "fir")
     if residual == "ddpm" and fir:
         raise ValueError("resblock_type 'ddpm' with fir does not run in the original either.")
     if str(net["progressive"]).lower() == "residual":
         raise ValueError("progressive 'residual' does not run in the original.")
     kinds = {"none": "none", "input_skip": "skip", "output_skip": "skip", "residual": "residual"}
+    for option in ("progressive", "progressive_input"):
+        if str(net[option]).lower() not in kinds:
+            raise ValueError(f"unknown {option} {net[option]!r}; use one of {', '.join(kinds)}.")
     return options | dict(
         residual=residual,
         resample="fir" if fir else "conv" if residual == "ddpm" else "mean",
         taps=tuple(net.get("fir_kernel", (1, 3, 3, 1))),
-        rescale_skips=bool(net["skip_rescale"]),
+        rescale_skips=_flag(net, "skip_rescale"),
         progressive_output=kinds[str(net["progressive"]).lower()],
         progressive_input=kinds[str(net["progressive_input"]).lower()],
         progressive_combine=str(net.get("progressive_combine", "sum")).lower(),
         embedding=str(net["embedding_type"]).lower(),
         fourier_scale=float(net.get("fourier_scale", 16)),
     )
+
+
+def _flag(options: dict[str, Any], name: str) -> bool:
+    if options[name] not in (True, False):
+        raise ValueError(f"{name} must be true or false, got {options[name]!r}.")
+    return bool(options[name])
 
 
 def _width(weights: Weights, nf: int) -> int:
@@ -196,7 +207,9 @@ def _parameters(state: dict[str, Any], ema: bool, source: str) -> dict[str, Tens
         return tensors
     shadow = (state.get("ema") or {}).get("shadow_params")
     if shadow is None:
-        raise ValueError(f"{source} has no averaged parameters (ema.shadow_params); load it with ema=False.")
+        raise ValueError(
+            f"{source} has no averaged parameters (ema.shadow_params); load it by load_score_sde(..., ema=False)."
+        )
     # the list has the trainable parameters in their order: the table of sigmas and the Fourier frequencies are not among them
     names = [k for k, v in tensors.items() if not k.endswith("sigmas") and not (k.endswith(".0.W") and v.dim() == 1)]
     if len(names) != len(shadow) or any(tensors[k].shape != v.shape for k, v in zip(names, shadow, strict=False)):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import checks
+from scoresde.interop.diffusers import data_of
 from scoresde.interop.schedules import process_of_scheduler
 from scoresde.model import PARAMETERIZATIONS, NoiseLabel, ScoreNet
-from scoresde.sde import EDMSDE, SDE, DiscreteVPSDE
+from scoresde.sde import EDMSDE, SDE, VESDE, DiscreteVPSDE
 
 
 class WrappedNet(ScoreNet):
@@ -26,6 +27,7 @@ class WrappedNet(ScoreNet):
     label: a `NoiseLabel`; t itself by default, the step where `betas` are given.
     round_labels: give whole labels, as int64, to networks that look them up in a table. Their output then jumps from step to
         step, which an adaptive solver notices: prefer samplers with fixed steps.
+    one_hot: give integer class labels (B,) as one-hot rows of this many numbers; the label `one_hot` is a row of zeros.
     learned_variance: the network returns 2 c channels, the second half of which is a variance that is not used.
 
     The others are those of `ScoreNet`. Two common kinds have their own constructors, `edm` and `diffusers`. Raises `ValueError`
@@ -43,8 +45,11 @@ class WrappedNet(ScoreNet):
         round_labels: bool = False,
         learned_variance: bool = False,
         cond_name: str | None = None,
+        one_hot: int = 0,
         **options: Any,
     ):
+        if sde is not None and not isinstance(sde, SDE):
+            raise TypeError(f"sde must be an SDE, got {type(sde).__name__}; a discrete schedule is given as betas=.")
         if (sde is None) == (betas is None):
             raise ValueError(
                 "give either sde=, the process the network was trained for, or betas= of a discrete schedule."
@@ -53,7 +58,7 @@ class WrappedNet(ScoreNet):
         if betas is not None:
             sde = DiscreteVPSDE(tuple(torch.as_tensor(betas, dtype=torch.float64).tolist()))
             label = label or NoiseLabel("time", len(sde.betas) - 1.0)
-        adapter = _Adapter(net, round_labels, learned_variance, cond_name)
+        adapter = _Adapter(net, round_labels, learned_variance, cond_name, one_hot)
         super().__init__(adapter, sde, predicts, label=label, **options)
 
     @classmethod
@@ -65,6 +70,7 @@ class WrappedNet(ScoreNet):
         """
         low, high = float(getattr(net, "sigma_min", 0.0)), float(getattr(net, "sigma_max", float("inf")))
         sde = EDMSDE(max(low, 0.002), min(high, 80.0))
+        options.setdefault("one_hot", int(getattr(net, "label_dim", 0) or 0))
         options.setdefault("sigma_data", float(getattr(net, "sigma_data", 0.5)))
         if hasattr(net, "img_resolution") and hasattr(net, "img_channels"):
             options.setdefault("event_shape", (net.img_channels, net.img_resolution, net.img_resolution))
@@ -82,20 +88,25 @@ class WrappedNet(ScoreNet):
         sde, predicts, label = process_of_scheduler(given, fourier, "the scheduler")
         if fourier:  # called with sigma itself, and divides by it
             predicts, label = "score", NoiseLabel("sigma")
+        if hasattr(net, "config"):
+            options = data_of(net.config, isinstance(sde, VESDE)) | options
         return cls(net, sde, predicts, label=label, cond_name=cond_name, **options)
 
 
 class _Adapter(nn.Module):
     """net(x, label[, cond]) -> tensor, for a module with other habits."""
 
-    def __init__(self, net: nn.Module, round_labels: bool, learned_variance: bool, cond_name: str | None):
+    def __init__(self, net: nn.Module, round_labels: bool, learned_variance: bool, cond_name: str | None, one_hot: int):
         super().__init__()
+        self.one_hot = one_hot
         self.net, self.round_labels, self.learned_variance = net, round_labels, learned_variance
         self.cond_name = cond_name
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
         if self.round_labels:
             label = label.round().long()
+        if self.one_hot and isinstance(cond, Tensor) and not cond.is_floating_point():
+            cond = torch.eye(self.one_hot + 1, self.one_hot, dtype=x.dtype, device=x.device)[cond.long()]
         if cond is None:
             out = self.net(x, label)
         elif self.cond_name is None:

@@ -29,7 +29,8 @@ class NoiseEmbedding(nn.Module):
     Conditions join the hidden layer, or with `join="output"` the second layer's result. A condition is a tensor where the
     network knows one kind: integer class labels (B,) or rows of class weights (B, classes) for `classes`, (B, cond_dim) for
     `cond_dim`; and a dict with either or both of "classes" and "features" where it knows both. No condition is the label
-    `classes`, whose row is learned, and zeros for features. In training each example loses all of its condition with
+    `classes`, whose row is learned, and zeros for features; networks that were never trained without a class say so by
+    `null_class=False` and refuse to be asked. In training each example loses all of its condition with
     probability `drop_cond`, which is what classifier-free guidance needs (Ho & Salimans 2022).
     """
 
@@ -44,6 +45,7 @@ class NoiseEmbedding(nn.Module):
         kind: str = "sinusoidal",
         scale: float = 16.0,
         join: str = "hidden",
+        null_class: bool = True,
     ):
         super().__init__()
         if kind not in KINDS:
@@ -61,7 +63,9 @@ class NoiseEmbedding(nn.Module):
         self.turn = 2 * math.pi if kind == "fourier" else 1.0
         self.first = nn.Linear(2 * frequencies, width)
         self.second = nn.Linear(width, width)
-        self.join, self.drop_cond = join, drop_cond
+        if drop_cond and classes and not null_class:
+            raise ValueError("drop_cond needs null_class=True: a dropped class is the label of no class.")
+        self.join, self.drop_cond, self.null_class = join, drop_cond, null_class
         self.cond_dim, self.class_count = cond_dim, classes
         self.cond = nn.Linear(cond_dim, width, bias=False) if cond_dim else None
         self.classes = nn.Embedding(classes + 1, width) if classes else None
@@ -112,6 +116,8 @@ class NoiseEmbedding(nn.Module):
 
     def _class_rows(self, classes: Tensor | None, dropped: Tensor | None, batch: int) -> Tensor:
         table = self.classes.weight
+        if classes is None and not self.null_class:
+            raise ValueError(f"this network needs class labels (cond=, integers below {self.class_count}).")
         if classes is None:
             return table[-1:].expand(batch, -1)
         if classes.is_floating_point():
@@ -122,7 +128,7 @@ class NoiseEmbedding(nn.Module):
         return self.classes(classes)
 
     def _in_range(self, classes: Tensor) -> bool:
-        return int(classes.min()) >= 0 and int(classes.max()) <= self.class_count
+        return int(classes.min()) >= 0 and int(classes.max()) < self.class_count + self.null_class
 
     def _parts(self, cond: Any, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """(classes, features) of a condition, after checking it."""

@@ -44,7 +44,9 @@ class _Filter(nn.Module):
 
     def _plain(self, x: Tensor) -> bool:
         """Whether to take the library's mean and repetition: on a CPU a convolution is faster (but in channels_last)."""
-        return self.taps[0] == self.taps[1] and len(self.taps) == 2 and (x.device.type != "cpu" or self.rank == 3)
+        if len(self.taps) != 2 or self.taps[0] != self.taps[1]:
+            return False
+        return x.device.type != "cpu" or (self.rank == 3 and x.dtype in (torch.float32, torch.float64))
 
 
 class Down(_Filter):

@@ -63,7 +63,7 @@ class UNet(nn.Module):
             the result is the sum over all resolutions ("skip"), or a residual network runs along ("residual").
         embedding, frequencies, fourier_scale: kind, number and scale of the noise features, width / 2 by default.
         embedding_width: 4 * width by default.
-        classes, cond_dim, drop_cond, join: conditions, see `NoiseEmbedding`.
+        classes, cond_dim, drop_cond, join, null_class: conditions, see `NoiseEmbedding`.
         group_channels, max_groups, eps: group norms have min(max_groups, channels // group_channels) groups. Where
             `attention_groups` is given, this many have, at the resolutions with attention, the attention's norms and on the way up
             the first norms of the blocks (as diffusers counts them in NCSN++; the same from 128 channels on).
@@ -105,6 +105,7 @@ class UNet(nn.Module):
         cond_dim: int = 0,
         drop_cond: float = 0.0,
         join: str = "hidden",
+        null_class: bool = True,
         group_channels: int = 4,
         max_groups: int = 32,
         attention_groups: int | None = None,
@@ -141,6 +142,7 @@ class UNet(nn.Module):
             kind=embedding,
             scale=fourier_scale,
             join=join,
+            null_class=null_class,
         )
         block = functools.partial(
             ResBlock,
@@ -155,6 +157,8 @@ class UNet(nn.Module):
         fir = tuple(taps) if resample == "fir" else None
 
         def attend(c: int, middle: bool = False) -> nn.Module:
+            if head_channels and head_channels > c:
+                raise ValueError(f"head_channels={head_channels} is more than the {c} channels that attend.")
             here = norm if middle else attention_norm
             return SelfAttention(c, here, c // head_channels if head_channels else heads, rescale_skips)
 

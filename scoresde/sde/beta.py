@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class VariancePreserving(BetaSDE):
         return self._integral_inverse(b).to(lam.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class DiscreteVPSDE(VariancePreserving):
     r"""The process in continuous time through a schedule of N discrete steps (Ho et al. 2020), to run their networks.
 
@@ -86,7 +87,15 @@ class DiscreteVPSDE(VariancePreserving):
                 f"betas must be at least two numbers in (0, 1), got {len(self.betas)} from {min(self.betas, default=None)} "
                 f"to {max(self.betas, default=None)}."
             )
+        if sum(-math.log1p(-b) for b in self.betas) > 46.0:
+            raise ValueError(
+                f"these {len(self.betas)} betas leave a signal of less than 1e-20 at the end; were they alphas_cumprod, or not "
+                "of one schedule?"
+            )
         check_t_min(self.t_min)
+
+    def __repr__(self) -> str:
+        return f"DiscreteVPSDE({len(self.betas)} betas from {self.betas[0]:.3g} to {self.betas[-1]:.3g})"
 
     @classmethod
     def linear(cls, beta_first: float = 1e-4, beta_last: float = 0.02, steps: int = 1000) -> DiscreteVPSDE:
