@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def tuples(**options: Any) -> list[tuple]:
+    """Each option as a tuple. Raises `TypeError` that names one which is a single number."""
+    for name, value in options.items():
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name} must be a tuple, one number for each axis or resolution, got {value!r}.")
+    return [tuple(v) for v in options.values()]
 
 
 def zero_(module: nn.Module) -> nn.Module:

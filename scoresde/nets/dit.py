@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, attend, xavier_, zero_
+from scoresde.nets.blocks import CONV, attend, tuples, xavier_, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 
 POSITIONS = ("sincos", "rotary")
@@ -70,7 +70,7 @@ class DiT(nn.Module):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
-        size = tuple(size)
+        (size,) = tuples(size=size)
         patch = (patch,) * len(size) if isinstance(patch, int) else tuple(patch)
         _check(given, size, patch)
         self.size, self.patch, self.heads = size, patch, heads

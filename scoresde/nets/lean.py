@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, zero_
+from scoresde.nets.blocks import CONV, tuples, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 
 UP_CONV = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -112,7 +112,7 @@ class LeanUNet(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        size, channels, blocks = tuple(size), tuple(channels), tuple(blocks)
+        size, channels, blocks = tuples(size=size, channels=channels, blocks=blocks)
         rank, halvings = len(size), len(channels) - 1
         if rank not in CONV:
             raise ValueError(f"size must have 1, 2 or 3 spatial axes, got {size}.")

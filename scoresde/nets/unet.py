@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, ResBlock, SelfAttention, xavier_, zero_
+from scoresde.nets.blocks import CONV, ResBlock, SelfAttention, tuples, xavier_, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 from scoresde.nets.resample import ConvDown, ConvUp, Down, Plain, Up
 
@@ -116,10 +116,7 @@ class UNet(nn.Module):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
-        for name in ("size", "multipliers", "attention", "taps"):
-            if not isinstance(given[name], (tuple, list)):
-                raise TypeError(f"{name} must be a tuple, one number for each axis or resolution, got {given[name]!r}.")
-        size, multipliers, attention = tuple(size), tuple(multipliers), tuple(attention)
+        size, multipliers, attention, taps = tuples(size=size, multipliers=multipliers, attention=attention, taps=taps)
         _check(given, size, multipliers, attention)
         rank, levels = len(size), len(multipliers)
         lengths = [size[-1] // 2**i for i in range(levels)]
@@ -154,7 +151,7 @@ class UNet(nn.Module):
             rescale=rescale_skips,
             project=project_resampled,
         )
-        fir = tuple(taps) if resample == "fir" else None
+        fir = taps if resample == "fir" else None
 
         def attend(c: int, middle: bool = False) -> nn.Module:
             if head_channels and head_channels > c:
