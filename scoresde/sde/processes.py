@@ -43,7 +43,7 @@ class VPSDE(VariancePreserving, _LinearBeta):
 
 @dataclasses.dataclass(frozen=True)
 class SubVPSDE(_LinearBeta):
-    """Sub-variance-preserving (Song et al. 2021, equations 13 and 29): sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2B))."""
+    """Sub-variance-preserving (Song et al. 2021, equations 12 and 29): sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2B))."""
 
     def sigma(self, t: Tensor | float) -> Tensor:
         return -torch.expm1(-self._integral(self._time(t)))
