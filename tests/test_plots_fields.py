@@ -146,3 +146,25 @@ def test_pyplot_knows_nothing_of_it():
     assert isinstance(ax.figure, Figure)
     assert (plt.get_fignums(), matplotlib.get_backend()) == before
     assert math.isclose(ax.get_xlim()[1], 2.0)
+
+
+def test_heat_map_of_any_function():
+    """The values as they are, between the given ends, with a colour bar where there is a label."""
+    figure = Figure()
+    ax = figure.subplots()
+    plots.heat_map(lambda x: x[:, 0] - x[:, 1], resolution=5, ax=ax, range=(-1.0, 1.0), label="difference")
+    x, y, _ = plots.grid_points(resolution=5)
+    np.testing.assert_allclose(ax.images[0].get_array(), x[None, :] - y[:, None])
+    assert ax.images[0].get_clim() == (-1.0, 1.0)
+    assert len(figure.axes) == 2
+
+
+def test_histogram_beside_its_density():
+    """Bars that integrate to the share within the range, under the closed form."""
+    line = GaussianMixture.isotropic([[0.0]], std=1.0)
+    x = line.sample(5000, seed=0)
+    ax = plots.histogram(x, log_prob=line.log_prob, range=(-3.0, 3.0), bins=30)
+    heights = np.array([p.get_height() for p in ax.patches])
+    assert float(heights.sum() * 0.2) == pytest.approx(1.0)
+    curve = ax.lines[0].get_xydata()
+    np.testing.assert_allclose(curve[:, 1], np.exp(-0.5 * curve[:, 0] ** 2) / math.sqrt(2 * math.pi), rtol=1e-10)

@@ -4,8 +4,8 @@ Nothing touches pyplot or any other global state, and nothing needs a display. L
 Colours are the same everywhere: `EXACT` for what is known, `LEARNED` for what was estimated.
 """
 
-from scoresde.plots.curves import calibration, error_against_nfe, log_likelihood_histogram, training_curves
-from scoresde.plots.fields import density, grid_points, marginals, paths, points, score_field
+from scoresde.plots.curves import calibration, error_against_nfe, histogram, log_likelihood_histogram, training_curves
+from scoresde.plots.fields import density, grid_points, heat_map, marginals, paths, points, score_field
 from scoresde.plots.images import GAP, reverse_path, sample_grids, save, tile
 from scoresde.plots.motion import animate, save_animation
 from scoresde.plots.style import BLUE, EXACT, GREEN, GREY, LEARNED, ORANGE, PALETTE, PURPLE
@@ -25,6 +25,8 @@ __all__ = [
     "density",
     "error_against_nfe",
     "grid_points",
+    "heat_map",
+    "histogram",
     "log_likelihood_histogram",
     "marginals",
     "paths",

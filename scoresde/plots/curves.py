@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from scoresde.plots.style import BLUE, EXACT, GREY, ORANGE, PALETTE, axes_or_new, bare, new_figure
+from scoresde.plots.style import BLUE, EXACT, GREY, LEARNED, ORANGE, PALETTE, axes_or_new, bare, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +61,30 @@ def log_likelihood_histogram(
     ax.set(xlabel=unit, ylabel="share per unit")
     bare(ax)
     ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def histogram(
+    x: Tensor,
+    *,
+    log_prob: Callable[[Tensor], Tensor] | None = None,
+    range: tuple[float, float] | None = None,
+    bins: int = 60,
+    ax: Axes | None = None,
+    color: str = LEARNED,
+    label: str | None = None,
+) -> Axes:
+    """Histogram of one-dimensional samples, (N,) or (N, 1), and over it the density whose logarithm (N, 1) -> (N,) is given."""
+    ax = axes_or_new(ax, 4.6, 3.2)
+    v = x.detach().cpu().double().reshape(-1).numpy()
+    low, high = range or (float(v.min()), float(v.max()))
+    ax.hist(v, np.linspace(low, high, bins + 1), density=True, color=color, alpha=0.4, label=label)
+    if log_prob is not None:
+        at = torch.linspace(low, high, 400, dtype=torch.float64)
+        with torch.no_grad():
+            ax.plot(at, log_prob(at[:, None]).double().exp().cpu(), color=EXACT, lw=1.6, label="exact")
+    ax.set(xlabel="x", ylabel="density")
+    bare(ax)
     return ax
 
 

@@ -47,15 +47,35 @@ def density(
     `log_prob`: (N, 2) -> (N,). `range` fixes the colours' ends, so that two maps can be compared; the image is
     `ax.images[-1]`, for a colour bar.
     """
+    shown = log_prob if log else lambda x: log_prob(x).exp()
+    ends = range or (None if log else 0.0, None)
+    return heat_map(shown, extent=extent, resolution=resolution, ax=ax, range=ends, cmap=cmap)
+
+
+def heat_map(
+    values: Callable[[Tensor], Tensor],
+    *,
+    extent: Extent = SQUARE,
+    resolution: int = 150,
+    ax: Axes | None = None,
+    range: tuple[float | None, float | None] = (None, None),
+    cmap: str = "viridis",
+    label: str | None = None,
+) -> Axes:
+    """Heat map of any function of the plane, (N, 2) -> (N,), for example of the error of a score; with `label` a colour bar.
+
+    `range` fixes the colours' ends; None leaves one to the values.
+    """
     ax = axes_or_new(ax)
     _, _, points = grid_points(extent, resolution)
     with torch.no_grad():
-        values = log_prob(points).double().cpu().numpy().reshape(resolution, resolution)
-    values = values if log else np.exp(values)
-    low, high = range or (None if log else 0.0, None)
-    ax.imshow(
+        values = values(points).double().cpu().numpy().reshape(resolution, resolution)
+    low, high = range
+    image = ax.imshow(
         values, extent=extent, origin="lower", cmap=cmap, vmin=low, vmax=high, aspect="equal", interpolation="bilinear"
     )
+    if label is not None:
+        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
     _square(ax, extent)
     return ax
 
@@ -152,11 +172,13 @@ def paths(
     coordinate: int | None = None,
     color: str = BLUE,
     width: float = 0.8,
+    marker: str = "",
     label: str | None = None,
 ) -> Axes:
     """Paths of a solve, for example of a `samplers.Trajectory`: `states` (B, d) at each of `times`.
 
     For d = 1, or with `coordinate`, that coordinate against time; for d = 2 in the plane, with a dot at the end.
+    A `marker` such as "." shows every state.
     """
     ax = axes_or_new(ax, 5.2, 3.4)
     x = torch.stack([s.detach().cpu().double() for s in states]).numpy()
@@ -167,11 +189,20 @@ def paths(
         )
     if coordinate is None and x.shape[2] == 2:
         for i in range(x.shape[1]):
-            ax.plot(x[:, i, 0], x[:, i, 1], color=color, lw=width, alpha=0.7, label=label if i == 0 else None)
+            ax.plot(
+                x[:, i, 0],
+                x[:, i, 1],
+                color=color,
+                lw=width,
+                marker=marker,
+                ms=3,
+                alpha=0.7,
+                label=label if i == 0 else None,
+            )
         ax.scatter(*x[-1].T, s=8, color=color, zorder=3, lw=0)
         ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
         return ax
-    lines = ax.plot(list(times), x[:, :, coordinate or 0], color=color, lw=width, alpha=0.8)
+    lines = ax.plot(list(times), x[:, :, coordinate or 0], color=color, lw=width, marker=marker, ms=3, alpha=0.8)
     lines[0].set_label(label)
     ax.set(xlabel="t  (0 = data, 1 = noise)", ylabel="x" if x.shape[2] == 1 else f"$x_{(coordinate or 0) + 1}$")
     return ax
