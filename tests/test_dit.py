@@ -109,7 +109,7 @@ def test_sizes_of_inputs():
         net(x[..., :9], label)
     with pytest.raises(ValueError, match=r"of size \(4, 4\), got \(6, 10\); only a network with positions="):
         dit()(x, label)
-    with pytest.raises(ValueError, match=r"shape \(B, 2, \*\(4, 4\)\)"):
+    with pytest.raises(ValueError, match=r"shape \(B, 2, \*, \*\)"):
         dit()(x[..., 0], label)
 
 

@@ -293,3 +293,16 @@ def test_networks_of_other_kinds(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no state\.pt or model\.pt and no \.pkl"):
         load_edm(tmp_path / "empty")
     assert not edm.is_state({"a": torch.zeros(1)})
+
+
+def test_an_architecture_by_its_name(tmp_path):
+    """model_type or arch may say ncsnpp; what it stands for is held against the weights."""
+    file, reference = write("edm_ncsnpp", tmp_path)
+    (tmp_path / "config.json").unlink()
+    for config in ({"arch": "ncsnpp", "precond": "edm"}, {"model_type": "ncsnpp"}, "EDM-NCSN++"):
+        assert (
+            error(denoised(load(file, config=config), reference["x"], reference["sigma"]), reference["denoised"], 1)
+            < 1e-5
+        )
+    with pytest.raises(ValueError, match="model_type"):
+        load(file, config={"arch": "adm"})

@@ -1,6 +1,7 @@
 """What a careful user would trip over when bringing a checkpoint: schedules, labels, types, names and damaged weights."""
 
 import math
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -89,9 +90,26 @@ def test_integer_labels_reach_edm_networks_as_rows():
 def test_names_of_edm():
     """Known words only; of their snapshots' names those that say something."""
     assert _named("edm-imagenet-64x64-cond-adm") == {"precond": "edm", "model_type": "DhariwalUNet"}
+    assert _named("EDM-NCSN++") == _named("edm_ncsnpp")
     for name in ("vp/cifar10_ddpmpp_continuous", "edmm", "ncsn", ""):
         with pytest.raises(ValueError, match="no configuration of EDM"):
             _named(name)
+
+
+def test_a_scalar_in_the_other_byte_order(tmp_path):
+    """What a machine of the other byte order has written is read in that order; float64 itself stays native."""
+    np = pytest.importorskip("numpy")
+    torch.save({"lr": np.float64(2e-4)}, tmp_path / "lr.pt")
+    with zipfile.ZipFile(tmp_path / "lr.pt") as old, zipfile.ZipFile(tmp_path / "other.pt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"X\x01\x00\x00\x00<") == 1
+                content = content.replace(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00>")
+            new.writestr(name, content)
+    assert read_torch(tmp_path / "other.pt")["lr"] == np.float64(2e-4).byteswap()
+    assert read_torch(tmp_path / "lr.pt")["lr"] == 2e-4
+    assert np.dtype(np.float64).isnative
 
 
 def test_safe_globals_of_the_program_stay(tmp_path):

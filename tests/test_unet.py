@@ -242,7 +242,7 @@ def test_derivatives(name):
     twice = torch.autograd.grad((first * v).sum(), y)[0]
     _, mixed = torch.func.jvp(torch.func.grad(loss), (x,), (v,))
     torch.testing.assert_close(mixed, twice, rtol=1e-8, atol=1e-8)
-    if name not in ("MLP", "LeanUNet"):  # PyTorch is wrong here for their layer norms (its issue 196700)
+    if name not in ("MLP", "LeanUNet"):  # reverse over forward mode of PyTorch's layer norm is wrong
         other = torch.func.grad(lambda z: torch.func.jvp(loss, (z,), (v,))[1])(x)
         torch.testing.assert_close(other, twice, rtol=1e-8, atol=1e-8)
 

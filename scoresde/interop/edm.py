@@ -46,7 +46,7 @@ ARCHITECTURES = {
 _SEEN = """
     img_resolution img_channels label_dim augment_dim model_channels channel_mult channel_mult_emb
     num_blocks attn_resolutions dropout label_dropout channel_mult_noise encoder_type decoder_type
-    resample_filter use_fp16 sigma_min sigma_max class_name arch name init_args M C_1 C_2
+    resample_filter use_fp16 sigma_min sigma_max class_name name init_args M C_1 C_2
 """
 
 Names = Iterator[tuple[str, Tensor]]
@@ -76,6 +76,7 @@ def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = N
 def _model_of(weights: Weights, options: dict[str, Any]) -> ScoreNet:
     weights.check()
     weights.ignore([k for k in weights.left if k.endswith("resample_filter") and "_aux_" in k and "residual" not in k])
+    options = _by_architecture(options)
     plan = _Plan(weights, options)
     model = _model(plan, weights, options)
     weights.ignore([k for k in weights.left if k.endswith("resample_filter") or k == "map_augment.weight" or k == "u"])
@@ -119,18 +120,9 @@ def _is_name(config: Any) -> bool:
 
 def _named(name: str) -> dict[str, Any]:
     """Options that a name such as "edm", "vp", "ncsnpp" or "edm-cifar10-32x32-uncond-vp" stands for."""
-    words = [w for w in re.split(r"[^a-z]+", name.lower()) if w]
-    about = {
-        "baseline",
-        "cifar",
-        "imagenet",
-        "ffhq",
-        "afhqv",
-        "x",
-        "cond",
-        "uncond",
-        "pkl",
-    }  # the rest of their snapshots' names
+    # beside these, the names of their snapshots say what the data were
+    about = "baseline cifar imagenet ffhq afhqv x cond uncond pkl"
+    words = [w for w in re.split(r"[^a-z]+", name.lower().replace("++", "pp")) if w]
     preconds = [w for w in words if w in PRECONDITIONINGS]
     if "edm" in preconds:  # in the names of their snapshots vp and ve then stand for ddpmpp and ncsnpp
         words = [{"vp": "ddpmpp", "ve": "ncsnpp"}.get(w, w) if w != "edm" else w for w in words]
@@ -138,12 +130,20 @@ def _named(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"precond": preconds[0]} if preconds else {}
     for word in words:
         found |= ARCHITECTURES.get(word, {})
-    if not found or any(w not in {*PRECONDITIONINGS, *ARCHITECTURES, *about} for w in words):
+    if not found or any(w not in {*PRECONDITIONINGS, *ARCHITECTURES, *about.split()} for w in words):
         known = ", ".join((*PRECONDITIONINGS, *ARCHITECTURES))
         raise ValueError(
             f"{name!r} is no configuration of EDM; give its options, a .json or .yaml file, or a name of {known}."
         )
     return found
+
+
+def _by_architecture(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which the architecture's name, ncsnpp or the like, is replaced by what it stands for."""
+    for key in ("model_type", "arch", "name"):
+        if str(options.get(key)) in ARCHITECTURES:
+            options = {k: v for k, v in options.items() if k != key} | ARCHITECTURES[options[key]]
+    return options
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,17 +352,10 @@ def _renamed(net: UNet, plan: _Plan, weights: Weights) -> Names:
     yield from block("middle.0", at("dec", low, "in0"), net.middle[0], "middle.1" if has else "")
     yield from block("middle.2", at("dec", low, "in1"), net.middle[2])
     if net.leave is not None:
-        norm, conv = (
-            ("out_norm", "out_conv")
-            if plan.adm
-            else (at("dec", plan.resolutions[0], f"aux_{k}") for k in ("norm", "conv"))
-        )
-        yield from layer("leave.norm", norm)
-        for kind in ("weight", "bias"):
-            yield (
-                f"leave.conv.{kind}",
-                weights.take(f"{conv}.{kind}")[: plan.channels],
-            )  # the rest is a learned variance
+        last = "out" if plan.adm else at("dec", plan.resolutions[0], "aux")
+        yield from layer("leave.norm", f"{last}_norm")
+        for name, value in layer("leave.conv", f"{last}_conv"):
+            yield name, value[: plan.channels]  # the rest is a learned variance
 
 
 def _embedding(net: UNet, plan: _Plan, weights: Weights) -> Names:

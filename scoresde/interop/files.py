@@ -66,7 +66,7 @@ def _numpy_scalar() -> list[Any]:
     def dtype(code: str, *flags: Any) -> np.dtype:
         if code not in ("f8", "<f8"):
             raise pickle.UnpicklingError(f"GLOBAL numpy.dtype of {code!r}: only float64 scalars of NumPy are read")
-        return np.dtype("<f8")
+        return np.dtype("<f8", False, True)  # a copy, which takes the byte order that its state says
 
     def scalar(kind: np.dtype, data: bytes) -> np.float64:
         return core.multiarray.scalar(kind, data)

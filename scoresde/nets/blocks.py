@@ -20,6 +20,21 @@ def tuples(**options: Any) -> list[tuple]:
     return [tuple(v) for v in options.values()]
 
 
+def arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments from its `locals()`, lists as tuples: the configuration that rebuilds a network."""
+    own = {k: v for k, v in scope.items() if k not in ("self", "__class__")}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+
+
+def check_input(x: Tensor, label: Tensor, rank: int, channels: int) -> None:
+    """`ValueError` unless x is (B, channels, *) with `rank` spatial axes and label (B,); nothing is broadcast."""
+    if x.dim() != rank + 2 or x.shape[1] != channels or label.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"this network takes x of shape (B, {channels}, {', '.join('*' * rank)}) and labels of shape (B,), got "
+            f"{tuple(x.shape)} and {tuple(label.shape)}."
+        )
+
+
 def zero_(module: nn.Module) -> nn.Module:
     """The module with weight and bias at zero, so that its block starts as the identity."""
     nn.init.zeros_(module.weight)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, attend, tuples, xavier_, zero_
+from scoresde.nets.blocks import CONV, arguments, attend, check_input, tuples, xavier_, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 
 POSITIONS = ("sincos", "rotary")
@@ -67,9 +67,9 @@ class DiT(nn.Module):
         dropout: float = 0.0,
         mlp_eps: float = EPS,
     ):
-        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        given = arguments(locals())
         super().__init__()
-        self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
+        self.config = given
         (size,) = tuples(size=size)
         patch = (patch,) * len(size) if isinstance(patch, int) else tuple(patch)
         _check(given, size, patch)
@@ -103,6 +103,7 @@ class DiT(nn.Module):
         self.leave = zero_(nn.Linear(width, math.prod(patch) * out_channels))
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
+        check_input(x, label, len(self.size), self.config["in_channels"])
         grid = self._grid(x)
         told = self._told(label, cond)
         # under autocast the sum over the blocks keeps the parameters' precision
@@ -118,12 +119,8 @@ class DiT(nn.Module):
         return self._unpatch(self.leave(_modulated(h, shift, scale, EPS)), grid)
 
     def _grid(self, x: Tensor) -> list[int]:
-        """Patches along each axis of x, after checking its shape."""
+        """Patches along each axis of x, after checking its size."""
         size = tuple(x.shape[2:])
-        if len(size) != len(self.size):
-            raise ValueError(
-                f"this network takes x of shape (B, {self.config['in_channels']}, *{self.size}), got {tuple(x.shape)}."
-            )
         if self.positions is not None and size != self.size:
             raise ValueError(
                 f"the sine-cosine positions of this network are those of size {self.size}, got {size}; only a network "

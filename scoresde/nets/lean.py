@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, tuples, zero_
+from scoresde.nets.blocks import CONV, arguments, tuples, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 
 UP_CONV = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -111,7 +111,9 @@ class LeanUNet(nn.Module):
         drop_cond: float = 0.0,
         dropout: float = 0.1,
     ):
+        given = arguments(locals())
         super().__init__()
+        self.config = given
         size, channels, blocks = tuples(size=size, channels=channels, blocks=blocks)
         rank, halvings = len(size), len(channels) - 1
         if rank not in CONV:
@@ -122,20 +124,6 @@ class LeanUNet(nn.Module):
             raise ValueError(f"size {size} cannot be halved {halvings} times; use fewer resolutions or pad the data.")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
-        self.config = dict(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            size=size,
-            channels=channels,
-            blocks=blocks,
-            attention=attention,
-            positions=positions,
-            embedding=embedding,
-            cond_dim=cond_dim,
-            classes=classes,
-            drop_cond=drop_cond,
-            dropout=dropout,
-        )
         conv = CONV[rank]
         self.embed = NoiseEmbedding(embedding, cond_dim, classes=classes, drop_cond=drop_cond)
         self.position_map = nn.Parameter(0.1 * torch.randn(1, positions, *size)) if positions else None

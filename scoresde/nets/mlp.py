@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import zero_
+from scoresde.nets.blocks import arguments, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 
 
@@ -34,19 +34,9 @@ class MLP(nn.Module):
         drop_cond: float = 0.0,
         dropout: float = 0.0,
     ):
+        given = arguments(locals())
         super().__init__()
-        self.config = dict(
-            dim=dim,
-            width=width,
-            depth=depth,
-            embedding=embedding,
-            features=features,
-            fourier_scale=fourier_scale,
-            cond_dim=cond_dim,
-            classes=classes,
-            drop_cond=drop_cond,
-            dropout=dropout,
-        )
+        self.config = given
         self.embed = NoiseEmbedding(
             embedding, cond_dim, classes=classes, drop_cond=drop_cond, kind=features, scale=fourier_scale
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import spread
+from scoresde.nets.blocks import arguments, check_input, spread
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -173,9 +173,9 @@ class RefineNet(nn.Module):
         steps: int = 0,
         rescale_input: bool = False,
     ):
-        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        given = arguments(locals())
         super().__init__()
-        self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
+        self.config = given
         _check(**self.config)
         self.steps, self.rescale_input = steps, rescale_input
         self.factor = 2 ** sum(d == 1 for d in dilations[1:])
@@ -201,6 +201,7 @@ class RefineNet(nn.Module):
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
         if cond is not None:
             raise ValueError("this network takes no condition, but was given one.")
+        check_input(x, label, 2, self.config["in_channels"])
         self._check_size(x.shape[2:])
         # clamped, since a row that is not there would be an error that a GPU reports late and never recovers from
         index = label.round().long().clamp(0, self.steps - 1) if self.steps else None

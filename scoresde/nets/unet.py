@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, ResBlock, SelfAttention, tuples, xavier_, zero_
+from scoresde.nets.blocks import CONV, ResBlock, SelfAttention, arguments, check_input, tuples, xavier_, zero_
 from scoresde.nets.embedding import NoiseEmbedding
 from scoresde.nets.resample import ConvDown, ConvUp, Down, Plain, Up
 
@@ -113,9 +113,9 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         rescale_input: bool = False,
     ):
-        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        given = arguments(locals())
         super().__init__()
-        self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
+        self.config = given
         size, multipliers, attention, taps = tuples(size=size, multipliers=multipliers, attention=attention, taps=taps)
         _check(given, size, multipliers, attention)
         rank, levels = len(size), len(multipliers)
@@ -212,11 +212,7 @@ class UNet(nn.Module):
         self.leave = None if progressive_output == "skip" else _Head(rank, c, out_channels, norm)
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
-        if x.dim() != self.rank + 2 or x.shape[1] != self.config["in_channels"] or label.shape[:1] != x.shape[:1]:
-            raise ValueError(
-                f"this network takes x of shape (B, {self.config['in_channels']}, {', '.join('*' * self.rank)}) and labels of "
-                f"shape (B,), got {tuple(x.shape)} and {tuple(label.shape)}."
-            )
+        check_input(x, label, self.rank, self.config["in_channels"])
         if any(n % self.factor for n in x.shape[2:]):
             raise ValueError(
                 f"this network halves its input {self.factor.bit_length() - 1} times: every spatial axis must be a "
