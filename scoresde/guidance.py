@@ -4,7 +4,7 @@ With the denoiser given the condition, $D(x, t, c)$, and without, $D(x, t)$,
 
 $$D_w = D(x, t) + w\,(D(x, t, c) - D(x, t)),$$
 
-which moves the score by $(w - 1) \nabla_x \log p_t(c \mid x)$ (Ho & Salimans 2022, equation 6, where their weight is
+which moves the conditional score by $(w - 1) \nabla_x \log p_t(c \mid x)$ (Ho & Salimans 2022, equation 6, where their weight is
 $w - 1$). Within an interval of noise levels only, it costs less diversity (Kynkäänniemi et al. 2024).
 """
 
