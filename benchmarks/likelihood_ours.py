@@ -11,8 +11,8 @@ from likelihood_truth import Case
 from torch import Tensor
 
 from scoresde import Divergence, Exact, Hadamard, Hutchinson, log_prob, plan_likelihood
-from scoresde.likelihood import Plan
-from scoresde.likelihood.curve import Stretch
+from scoresde.likelihood import LikelihoodPlan
+from scoresde.likelihood.decoupled.trajectory import AngleWarp
 
 # name -> arguments of log_prob beside divergence, rtol, atol and seed. The first is drawn boldest.
 OURS: dict[str, dict[str, Any]] = {
@@ -46,17 +46,17 @@ class Given(Hutchinson):
 # -- measurement -----------------------------------------------------------------------------------------------------
 
 
-def graded(tolerance: float, finest: int = 64) -> Plan:
+def graded(tolerance: float, finest: int = 64) -> LikelihoodPlan:
     """For one probe that stays the same along the trajectory, whose error only a finer grid makes smaller: points by tolerance."""
     points = {1e-1: 20, 1e-2: 28, 1e-3: 36, 1e-4: 40, 1e-5: 48, 1e-6: finest}
     near = min(points, key=lambda t: abs(torch.log(torch.tensor(t / tolerance))))
-    return Plan(Stretch(0.01, 0.003), 2 * points[near], Stretch(0.005, 0.03), points[near])
+    return LikelihoodPlan(AngleWarp(0.01, 0.003), 2 * points[near], AngleWarp(0.005, 0.03), points[near])
 
 
-_SURVEYS: dict[tuple[str, str], Plan] = {}
+_SURVEYS: dict[tuple[str, str], LikelihoodPlan] = {}
 
 
-def surveyed(case: Case, divergence: Divergence) -> Plan:
+def surveyed(case: Case, divergence: Divergence) -> LikelihoodPlan:
     """The plan that a survey of the pilots gives, once for each problem and estimator."""
     key = (case.name, f"{type(divergence).__name__}{getattr(divergence, 'count', '')}")
     if key not in _SURVEYS:

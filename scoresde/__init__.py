@@ -9,6 +9,7 @@ nats = log_prob(model, x).value
 
 from scoresde._version import __version__
 from scoresde.checks import NonFiniteError
+from scoresde.distill import tune
 from scoresde.guidance import ClassifierFreeGuidance
 from scoresde.interop import WrappedNet, from_pretrained, load, push_to_hub, save_pretrained
 from scoresde.latents import decode, encode, interpolate, round_trip, slerp
@@ -29,12 +30,13 @@ from scoresde.likelihood import (
     plan_likelihood,
 )
 from scoresde.losses import denoising_loss
-from scoresde.mixture import DiffusedMixture, GaussianMixture
-from scoresde.model import NoiseLabel, ScoreModel, ScoreNet
-from scoresde.quantized import QuantizedScoreNet
-from scoresde.sample import METHODS, sample
+from scoresde.models.base import ScoreModel
+from scoresde.models.mixture import DiffusedMixture, GaussianMixture
+from scoresde.models.network import NoiseLabel, ScoreNet
+from scoresde.models.quantized import QuantizedScoreNet
+from scoresde.samplers.registry import METHODS
+from scoresde.sampling import sample
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE
-from scoresde.tune import tune
 
 __all__ = [
     "EDMSDE",

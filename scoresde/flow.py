@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.sde import SDE, expand
 
 
@@ -48,25 +48,3 @@ class AnglePath:
         x = expand(self.scale(t), u) * u
         denoised, noise = model.predict(x, t, cond)
         return expand(torch.cos(theta), u) * noise - expand(torch.sin(theta) / self.c, u) * denoised
-
-
-def take_rows(cond: Any, rows: Tensor | None) -> Any:
-    """The given rows of a condition: a tensor (B, *), a dict or tuple of them, or None."""
-    if cond is None or rows is None:
-        return cond
-    if isinstance(cond, Tensor):
-        return cond[rows]
-    if isinstance(cond, dict):
-        return {k: take_rows(v, rows) for k, v in cond.items()}
-    if isinstance(cond, (tuple, list)):
-        return tuple(take_rows(v, rows) for v in cond)
-    raise TypeError(f"cond must be a tensor, or a dict or tuple of tensors, got {type(cond).__name__}.")
-
-
-def move(cond: Any, device: torch.device) -> Any:
-    """The condition on `device`: a tensor, a dict or tuple of them, or None."""
-    if cond is None or isinstance(cond, Tensor):
-        return cond if cond is None else cond.to(device)
-    if isinstance(cond, dict):
-        return {k: move(v, device) for k, v in cond.items()}
-    return tuple(move(v, device) for v in cond)

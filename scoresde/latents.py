@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks
-from scoresde.flow import take_rows
-from scoresde.model import ScoreModel, check_input
+from scoresde import checks, conditions
+from scoresde.models.base import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource
 from scoresde.samplers import ProbabilityFlow, State
@@ -100,7 +99,7 @@ def interpolate(
     z0, z1 = (encode(model, x, rtol=rtol, atol=atol, cond=cond) for x in (x0, x1))
     path = torch.cat([slerp(z0, z1, w) for w in weights])
     rows = torch.arange(x0.shape[0], device=x0.device).repeat(len(weights))
-    out = decode(model, path, rtol=rtol, atol=atol, cond=take_rows(cond, rows))
+    out = decode(model, path, rtol=rtol, atol=atol, cond=conditions.take_rows(cond, rows))
     return out.reshape(len(weights), *x0.shape)
 
 

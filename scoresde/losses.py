@@ -4,7 +4,7 @@ Layer 2. All denoising losses are one error, weighted. With $x_t = \alpha x_0 + 
 
 $$\sigma^2\|s - \nabla\log p(x_t|x_0)\|^2 = \|\hat\epsilon - \epsilon\|^2 = e^{\lambda}\|D - x_0\|^2,$$
 
-so a weighting is a factor $w(t)$ on the noise error, and a law for t says where it is evaluated:
+so a weighting is a factor $w(t)$ on the noise error, and a time sampling says where it is evaluated:
 
 | weighting | w(t) on the noise error | source |
 |---|---|---|
@@ -13,7 +13,7 @@ so a weighting is a factor $w(t)$ on the noise error, and a law for t says where
 | edm | (s^2 + sigma_data^2)/sigma_data^2, s = sigma/alpha | Karras et al. 2022, table 1 |
 | min-snr | min(1, gamma/SNR), gamma = 5 | Hang et al. 2023, equation 8 |
 
-| law of t | density |
+| time sampling | density of t |
 |---|---|
 | uniform | uniform on [t_min, t_max] |
 | low-discrepancy | the same, one t in each of B equal parts (Kingma et al. 2021, appendix I.1) |
@@ -21,7 +21,7 @@ so a weighting is a factor $w(t)$ on the noise error, and a law for t says where
 | importance | proportional to g^2/sigma^2, which is uniform in log-SNR; stratified |
 
 `importance` divides the weight by its density, so any weighting keeps the expectation that it has under `uniform`
-(Song, Durkan, Murray & Ermon 2021, appendix B). `log-normal` does not: there the law is part of the objective.
+(Song, Durkan, Murray & Ermon 2021, appendix B). `log-normal` does not: there the density of t is part of the objective.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource, Seed
 from scoresde.sde import SDE, sum_event
 
 WEIGHTINGS = ("sigma2", "likelihood", "edm", "min-snr")
-TIME_LAWS = ("uniform", "low-discrepancy", "log-normal", "importance")
+TIME_SAMPLING = ("uniform", "low-discrepancy", "log-normal", "importance")
 MIN_SNR_GAMMA = 5.0
 LOG_NORMAL = (-1.2, 1.2)
 
@@ -56,16 +56,16 @@ def weight(sde: SDE, t: Tensor, weighting: str, sigma_data: float = 1.0) -> Tens
 
 
 def draw_times(
-    sde: SDE, n: int, law: str, source: RandomSource, log_snr_range: tuple[float, float] | None = None
+    sde: SDE, n: int, time_sampling: str, source: RandomSource, log_snr_range: tuple[float, float] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """n times in [t_min, t_max] and, per time, the uniform density over the law's own: (n,), (n,), float64.
+    """n times in [t_min, t_max] and, per time, the uniform density over its own: (n,), (n,), float64.
 
     The second factor makes a mean over `importance` times unbiased for the mean over uniform times; it is 1 for the
-    other laws. `log_snr_range` narrows the range of log-SNRs that are drawn (not needed: all of the schedule).
+    others. `log_snr_range` narrows the range of log-SNRs that are drawn (not needed: all of the schedule).
     """
-    checks.choice(law, TIME_LAWS, "law of t")
+    checks.choice(time_sampling, TIME_SAMPLING, "time sampling")
     u = source.uniform((n, 1), torch.float64).squeeze(1)
-    if law in ("low-discrepancy", "importance") and n:
+    if time_sampling in ("low-discrepancy", "importance") and n:
         # one point in each n-th of the interval, shifted together: uniform each, evenly spread jointly
         u = (u[0] + torch.arange(n, dtype=torch.float64, device=u.device) / n) % 1.0
     ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
@@ -79,10 +79,10 @@ def draw_times(
         if log_snr_range is None
         else sde.time(torch.tensor([high, low], dtype=torch.float64)).tolist()
     )
-    if law in ("uniform", "low-discrepancy"):
+    if time_sampling in ("uniform", "low-discrepancy"):
         t = first + (last - first) * u
         return t, torch.ones_like(t)
-    if law == "importance":
+    if time_sampling == "importance":
         t = sde.time(low + (high - low) * u).clamp(first, last)
         speed = (sde.diffusion(t) / sde.sigma(t)) ** 2  # |d lambda / dt|
         return t, (high - low) / (speed * (last - first))
@@ -94,10 +94,14 @@ def draw_times(
 
 
 def mean_weight(
-    sde: SDE, weighting: str, law: str, sigma_data: float = 1.0, log_snr_range: tuple[float, float] | None = None
+    sde: SDE,
+    weighting: str,
+    time_sampling: str,
+    sigma_data: float = 1.0,
+    log_snr_range: tuple[float, float] | None = None,
 ) -> float:
     """The mean factor that `denoising_loss` puts on the noise error; dividing by it makes losses comparable."""
-    t, ratio = draw_times(sde, 4096, law, RandomSource(0, "cpu", 4096), log_snr_range)
+    t, ratio = draw_times(sde, 4096, time_sampling, RandomSource(0, "cpu", 4096), log_snr_range)
     return float((weight(sde, t, weighting, sigma_data) * ratio).mean())
 
 
@@ -106,16 +110,16 @@ def denoising_loss(
     x0: Tensor,
     *,
     weighting: str = "sigma2",
-    law: str = "low-discrepancy",
+    time_sampling: str = "low-discrepancy",
     seed: Seed = None,
     cond: Any = None,
     log_snr_range: tuple[float, float] | None = None,
 ) -> Tensor:
     """Denoising score matching: w(t) ||noise(x_t, t) - eps||^2, summed over each example; shape (B,).
 
-    `weighting` and `law` as in the module's docstring; x0 (B, *). With the likelihood weighting, half the mean times
+    `weighting` and `time_sampling` as in the module's docstring; x0 (B, *). With the likelihood weighting, half the mean times
     (t_max - t_min) is the part of the negative ELBO, in nats, that depends on the model. Raises `ValueError` for an
-    unknown weighting or law and for NaN in x0 (looked for on a CPU only), `TypeError` for integer data.
+    unknown weighting or time sampling and for NaN in x0 (looked for on a CPU only), `TypeError` for integer data.
     """
     checks.batch(x0, "x0")
     if x0.shape[0] == 0:
@@ -123,7 +127,7 @@ def denoising_loss(
     if x0.device.type == "cpu":  # elsewhere a look at the values would stall the device at every step
         checks.finite(x0, "x0")
     source = RandomSource(seed, x0.device, x0.shape[0])
-    t, ratio = draw_times(model.sde, x0.shape[0], law, source, log_snr_range)
+    t, ratio = draw_times(model.sde, x0.shape[0], time_sampling, source, log_snr_range)
     eps = source.normal(x0.shape, x0.dtype)
     x = model.sde.perturb(x0, t, eps)
     error = sum_event((model.noise(x, t, cond) - eps).square().to(torch.promote_types(x0.dtype, torch.float32)))

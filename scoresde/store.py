@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from scoresde._version import __version__
-from scoresde.model import NoiseLabel, ScoreModel, ScoreNet
+from scoresde.models.base import ScoreModel
+from scoresde.models.network import NoiseLabel, ScoreNet
+from scoresde.models.quantized import QuantizedScoreNet
 from scoresde.nets import NETS
-from scoresde.quantized import QuantizedScoreNet
 from scoresde.samplers import FewStep
 from scoresde.sde import SDES
 

@@ -20,7 +20,7 @@ from scoresde.cli import demo as demo_room
 from scoresde.cli import main as entry
 from scoresde.nets import MLP, LeanUNet
 from scoresde.samplers import ProbabilityFlow
-from scoresde.train import PRESETS, loop
+from scoresde.train import TRAIN_PRESETS, loop
 
 TINY = dict(
     channels=(8, 16),
@@ -74,8 +74,8 @@ def model_path(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """All presets as tiny runs on 60 training, 20 validation and 6 test images."""
-    small = {k: dataclasses.replace(o, **TINY) for k, o in PRESETS.items()}
-    monkeypatch.setattr(scoresde.train, "PRESETS", small)
+    small = {k: dataclasses.replace(o, **TINY) for k, o in TRAIN_PRESETS.items()}
+    monkeypatch.setattr(scoresde.train, "TRAIN_PRESETS", small)
 
     real = scoresde.data.digits
     sizes = {"train": 60, "validation": 20, "test": 6}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scoresde.data import LABELS, SPLITS, Images, augmented, digits, load_images
+from scoresde.data import AUGMENTATION_DIM, SPLITS, Images, augmented, digits, load_images
 
 # -- digits ----------------------------------------------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ def test_augmented_shapes_and_range(n, channels, levels, copies, seed):
     k = torch.randint(0, levels, (n, channels, 6, 8), generator=g)
     values, labels = augmented(k, levels, copies=copies, seed=seed)
     assert tuple(values.shape) == (n * (4 + copies), channels, 6, 8)
-    assert tuple(labels.shape) == (n * (4 + copies), LABELS)
+    assert tuple(labels.shape) == (n * (4 + copies), AUGMENTATION_DIM)
     assert values.dtype == torch.int64
     assert labels.dtype == torch.float32
     assert int(values.min()) >= 0

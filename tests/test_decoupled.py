@@ -24,19 +24,19 @@ from scoresde import (
     log_prob,
 )
 from scoresde.flow import AnglePath
-from scoresde.likelihood import Plan
-from scoresde.likelihood.curve import (
+from scoresde.likelihood import LikelihoodPlan
+from scoresde.likelihood.decoupled.quadrature import FlowTrajectory, rule_error
+from scoresde.likelihood.decoupled.refinement import default_plan
+from scoresde.likelihood.decoupled.trajectory import (
     DENSE,
+    AngleWarp,
     Field,
-    Stretch,
     dense,
     equispaced,
     evaluations,
     gauss_legendre,
     trace_curve,
 )
-from scoresde.likelihood.decoupled import Followed, rule_error
-from scoresde.likelihood.refine import default_plan
 from scoresde.ode import MAX_NFE, OK, UNRESOLVED
 from scoresde.rng import RandomSource, spawn
 
@@ -128,8 +128,10 @@ def test_any_curve_gives_the_value(sde, name, request):
     a few, and what is left is below 1e-3 nats where the trace alone loses 1e-3 to 0.1."""
     mixture = request.getfixturevalue(name)
     model, x = mixture.diffuse(sde), mixture.sample(8, seed=2)
-    plan = Plan(Stretch(*model.flow_scales), 10, Stretch(*model.trace_scales), 60 if name == "image16" else 120)
-    followed = Followed(model, x, plan)
+    plan = LikelihoodPlan(
+        AngleWarp(*model.flow_scales), 10, AngleWarp(*model.trace_scales), 60 if name == "image16" else 120
+    )
+    followed = FlowTrajectory(model, x, plan)
     rule, trace, pull = followed.integrand(Exact(), RandomSource(0, "cpu", 8))
     weights = torch.from_numpy(rule.weights)
     plain = model.terminal_log_prob(followed.latent) + followed.growth + weights @ trace[:, :, 0]
@@ -147,7 +149,9 @@ def test_the_curve_bends_the_value_without_its_correction(full3):
     """A curve moved away from the flow on purpose, by a bump in its slopes, still gives the value to second order in the bump."""
     sde = VPSDE()
     model, x = full3.diffuse(sde), full3.sample(8, seed=4)
-    followed = Followed(model, x, Plan(Stretch(*model.flow_scales), 60, Stretch(*model.trace_scales), 160))
+    followed = FlowTrajectory(
+        model, x, LikelihoodPlan(AngleWarp(*model.flow_scales), 60, AngleWarp(*model.trace_scales), 160)
+    )
     truth = model.log_prob(x, sde.t_min)
     slopes = followed.curve.slopes.clone()
     wave = torch.sin(torch.linspace(0, 6, 60, dtype=torch.float64))[:, None, None]
@@ -168,7 +172,7 @@ def test_the_curve_bends_the_value_without_its_correction(full3):
 @pytest.mark.parametrize("scales", [(0.01, 0.003), (0.05, 1.0), (0.3, 0.03)])
 def test_stretch(scales):
     """The inverse inverts to the last digits, and the slope is the derivative."""
-    stretch, theta = Stretch(*scales), np.linspace(1e-3, np.pi / 2 - 1e-4, 200)
+    stretch, theta = AngleWarp(*scales), np.linspace(1e-3, np.pi / 2 - 1e-4, 200)
     back = stretch.inverse(stretch(theta), 1e-3, np.pi / 2)
     np.testing.assert_allclose(back, theta, rtol=0, atol=1e-14)
     h = 1e-6
@@ -180,7 +184,7 @@ def test_stretch(scales):
 
 def test_grids():
     """Equal steps in s from end to end; Gauss-Legendre weights that integrate functions of theta."""
-    stretch, low, high = Stretch(0.05, 0.3), 0.01, np.pi / 2
+    stretch, low, high = AngleWarp(0.05, 0.3), 0.01, np.pi / 2
     theta, spacing = equispaced(stretch, low, high, 13)
     assert theta[0] == low
     assert theta[-1] == high
@@ -221,9 +225,16 @@ def test_order_of_the_trajectory(name, request):
     for sde in (VPSDE(), VESDE()):
         model, x = mixture.diffuse(sde), mixture.sample(8, seed=2)
         expected = encode(model, x, rtol=1e-10, atol=1e-10)
-        measure = Stretch(*model.trace_scales)
+        measure = AngleWarp(*model.trace_scales)
         errors = [
-            float((Followed(model, x, Plan(Stretch(*model.flow_scales), n, measure, 2)).latent - expected).abs().max())
+            float(
+                (
+                    FlowTrajectory(model, x, LikelihoodPlan(AngleWarp(*model.flow_scales), n, measure, 2)).latent
+                    - expected
+                )
+                .abs()
+                .max()
+            )
             / sde.prior_std
             for n in (48, 192)
         ]
@@ -240,9 +251,9 @@ def test_evaluations_are_counted(nodes):
         path = AnglePath(sde)
         ends = (sde.t_min, model.flow_end)
         low, high = (float(path.angle(t)) for t in ends)
-        theta, spacing = equispaced(Stretch(0.01, 0.1), low, high, nodes)
+        theta, spacing = equispaced(AngleWarp(0.01, 0.1), low, high, nodes)
         u = x / float(path.scale(sde.t_min))
-        curve = trace_curve(Field(model, path, u, theta, ends, None), Stretch(0.01, 0.1), u, theta, spacing)
+        curve = trace_curve(Field(model, path, u, theta, ends, None), AngleWarp(0.01, 0.1), u, theta, spacing)
         assert len(net.labels) == evaluations(nodes)
         assert len(set(net.labels)) == nodes
         assert sde.t_min <= min(net.labels)
@@ -273,9 +284,9 @@ def test_work_is_what_is_reported(sde):
     assert sde.t_min <= min(net.labels)
     assert max(net.labels) <= model.flow_end
     net.labels.clear()
-    plan = Plan(Stretch(0.01, 0.1), 9, Stretch(0.01, 0.1), 7)
+    plan = LikelihoodPlan(AngleWarp(0.01, 0.1), 9, AngleWarp(0.01, 0.1), 7)
     assert plan.nfe == evaluations(9) + 7
-    Followed(model, torch.full((4, 2), 0.3, dtype=torch.float64), plan).integrate(
+    FlowTrajectory(model, torch.full((4, 2), 0.3, dtype=torch.float64), plan).integrate(
         Hutchinson(3), RandomSource(0, "cpu", 4)
     )
     assert len(net.labels) == plan.nfe
@@ -285,7 +296,7 @@ def test_plans_refuse_nonsense():
     """A plan needs two nodes and two points at least."""
     for nodes, points in ((1, 8), (8, 1), (0, 8), (8, 2.5)):
         with pytest.raises((ValueError, TypeError), match=r"nodes|points"):
-            Plan(Stretch(0.1, 0.1), nodes, Stretch(0.1, 0.1), points)
+            LikelihoodPlan(AngleWarp(0.1, 0.1), nodes, AngleWarp(0.1, 0.1), points)
 
 
 # -- estimated traces ------------------------------------------------------------------------------------------------
@@ -418,7 +429,7 @@ def test_the_warning_points_at_the_caller(image16):
 def test_options_of_the_decoupled_method_alone(full3):
     """stderr, differentiable and plan mean nothing to a Runge-Kutta method: refused, and so is a graph of added probes."""
     model, x = full3.diffuse(VPSDE()), full3.sample(2, seed=0)
-    plan = Plan(Stretch(0.1, 0.1), 20, Stretch(0.1, 0.1), 20)
+    plan = LikelihoodPlan(AngleWarp(0.1, 0.1), 20, AngleWarp(0.1, 0.1), 20)
     for options in ({"stderr": 0.1}, {"differentiable": True}, {"plan": plan}):
         with pytest.raises(ValueError, match='"decoupled"'):
             log_prob(model, x, method="tsit5", **options)
@@ -472,7 +483,7 @@ def test_conditions_go_with_their_rows(divergence):
     if not isinstance(
         divergence, Exact
     ):  # so coarse a start that the trajectory's error is seen beside the probes' noise
-        options["plan"] = Plan(Stretch(*model.flow_scales), 5, Stretch(*model.trace_scales), 16)
+        options["plan"] = LikelihoodPlan(AngleWarp(*model.flow_scales), 5, AngleWarp(*model.trace_scales), 16)
     x = 0.3 * torch.ones(6, 2, dtype=torch.float64)
     cond = torch.tensor([0.0, 3.0, 0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     seeds = spawn(1, 6)
@@ -549,7 +560,7 @@ def test_budgets_hold_with_the_fallback(ring8):
 
 def test_rule_error_follows_the_error():
     """Of a smooth integrand: never less than a tenth of the true error, and vanishing with it."""
-    stretch, low, high = Stretch(0.1, 0.3), 0.01, math.pi / 2
+    stretch, low, high = AngleWarp(0.1, 0.3), 0.01, math.pi / 2
     f = lambda theta: 1 / (1 + 30 * (theta - 0.7) ** 2)  # noqa: E731
     fine = gauss_legendre(stretch, low, high, 200)
     exact, estimates = fine.weights @ f(fine.theta), []

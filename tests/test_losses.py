@@ -11,7 +11,7 @@ from scoresde import VESDE, VPSDE, GaussianMixture, RectifiedFlow, ScoreModel, S
 from scoresde.losses import (
     LOG_NORMAL,
     MIN_SNR_GAMMA,
-    TIME_LAWS,
+    TIME_SAMPLING,
     WEIGHTINGS,
     draw_times,
     explicit_loss,
@@ -38,7 +38,7 @@ def replay(sde, x0, law, seed):
     return t, ratio, eps, sde.perturb(x0, t, eps)
 
 
-@pytest.mark.parametrize("law", TIME_LAWS)
+@pytest.mark.parametrize("law", TIME_SAMPLING)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weightings_by_their_definitions(sde, full3, weighting, law):
     """Each weighting computed as its paper writes it, on the score or on the denoiser."""
@@ -57,7 +57,7 @@ def test_weightings_by_their_definitions(sde, full3, weighting, law):
         "edm": (s**2 + c**2) / (s * c) ** 2 * of_denoiser,  # Karras et al. 2022, table 1
         "min-snr": (1 / s**2).clamp_max(5.0) * of_denoiser,  # Hang et al. 2023, equation 8
     }[weighting]
-    got = denoising_loss(model, x0, weighting=weighting, law=law, seed=5)
+    got = denoising_loss(model, x0, weighting=weighting, time_sampling=law, seed=5)
     assert got.shape == (64,)
     inner = (s < 1e5) & (s > 1e-5)  # beyond, the denoiser's error itself has no digits left
     torch.testing.assert_close(got[inner], (ratio * expected)[inner], rtol=1e-5, atol=1e-10)
@@ -71,7 +71,7 @@ def test_importance_is_unbiased_and_has_less_variance():
     for law in ("uniform", "importance", "low-discrepancy"):
         means[law] = torch.stack(
             [
-                denoising_loss(model, data.sample(64, seed=i), weighting="likelihood", law=law, seed=i).mean()
+                denoising_loss(model, data.sample(64, seed=i), weighting="likelihood", time_sampling=law, seed=i).mean()
                 for i in range(400)
             ]
         )
@@ -88,7 +88,9 @@ def test_importance_keeps_the_expectation_of_other_weightings(weighting):
     """Dividing by the density makes importance times fit any weighting."""
     data, model = GaussianMixture.isotropic([[0.3, -0.5]], 0.3), wrong_model(EARLY)
     x0 = data.sample(20_000, seed=0)
-    a, b = (denoising_loss(model, x0, weighting=weighting, law=law, seed=3) for law in ("uniform", "importance"))
+    a, b = (
+        denoising_loss(model, x0, weighting=weighting, time_sampling=law, seed=3) for law in ("uniform", "importance")
+    )
     error = math.sqrt(float(a.var() + b.var()) / 20_000)
     assert abs(float(a.mean() - b.mean())) < 4 * error
 
@@ -156,7 +158,7 @@ def test_log_normal_law(sde):
     assert stats.kstest(log_s, law.cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("law", TIME_LAWS)
+@pytest.mark.parametrize("law", TIME_SAMPLING)
 def test_log_snr_range_is_kept(sde, law):
     """log_snr_range narrows every law to these log-SNRs."""
     t, _ = draw_times(sde, 500, law, RandomSource(0, "cpu", 500), (-2.0, 1.0))
@@ -206,7 +208,7 @@ def test_three_objectives_share_a_minimum(make):
     scale = float(truth.abs().max())
     got = minimum(net, lambda: explicit_loss(model, x, t, exact))
     torch.testing.assert_close(got, truth, rtol=0, atol=1e-9 * scale)
-    got = minimum(net, lambda: denoising_loss(model, x0, seed=2, law="uniform", log_snr_range=(-1e-9, 1e-9)))
+    got = minimum(net, lambda: denoising_loss(model, x0, seed=2, time_sampling="uniform", log_snr_range=(-1e-9, 1e-9)))
     torch.testing.assert_close(got, truth, rtol=0, atol=0.03 * scale)
     got = minimum(net, lambda: sliced_loss(model, x, t, seed=3))
     torch.testing.assert_close(got, truth, rtol=0, atol=0.05 * scale)
@@ -237,7 +239,7 @@ def test_explicit_loss_equals_its_formula(ring8):
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("law", TIME_LAWS)
+@pytest.mark.parametrize("law", TIME_SAMPLING)
 def test_the_exact_model_has_the_smallest_loss(ring8, weighting, law):
     """No weighting or law prefers a scaled or shifted denoiser to the posterior mean."""
     exact = ring8.diffuse(EARLY)
@@ -247,18 +249,18 @@ def test_the_exact_model_has_the_smallest_loss(ring8, weighting, law):
             return self.factor * super().noise(x, t) + self.shift
 
     x0 = ring8.sample(2000, seed=0)
-    best = denoising_loss(exact, x0, weighting=weighting, law=law, seed=1).mean()
+    best = denoising_loss(exact, x0, weighting=weighting, time_sampling=law, seed=1).mean()
     for factor, shift in ((0.8, 0.0), (1.2, 0.0), (1.0, 0.3)):
         off = Off(ring8, EARLY)
         off.factor, off.shift = factor, shift
-        assert denoising_loss(off, x0, weighting=weighting, law=law, seed=1).mean() > best
+        assert denoising_loss(off, x0, weighting=weighting, time_sampling=law, seed=1).mean() > best
 
 
 def test_loss_depends_on_the_data_only_through_rows(full3):
     """One seed per example under the uniform law: an example's loss does not depend on its batch."""
     model, x0 = full3.diffuse(VPSDE()), full3.sample(6, seed=0)
-    whole = denoising_loss(model, x0, law="uniform", seed=list(range(6)))
-    part = denoising_loss(model, x0[2:4], law="uniform", seed=[2, 3])
+    whole = denoising_loss(model, x0, time_sampling="uniform", seed=list(range(6)))
+    part = denoising_loss(model, x0[2:4], time_sampling="uniform", seed=[2, 3])
     torch.testing.assert_close(part, whole[2:4], rtol=1e-9, atol=0)
 
 
@@ -268,7 +270,7 @@ def test_elbo_of_the_exact_model_is_the_entropy():
     sde = VPSDE()
     model, n = data.diffuse(sde), 40_000
     x0 = data.sample(n, seed=0)
-    loss = denoising_loss(model, x0, weighting="likelihood", law="importance", seed=1)
+    loss = denoising_loss(model, x0, weighting="likelihood", time_sampling="importance", seed=1)
     constant = math.log(2 * math.pi * math.e) - float(sde.log_snr(sde.t_min))  # of reading x_0 off x at t_min, d = 2
     bound = constant + 0.5 * (sde.t_max - sde.t_min) * loss - (-data.log_prob(x0))
     # the noise at t_max is the prior's up to 1e-4 nats
@@ -302,8 +304,8 @@ def test_mean_weight_is_the_mean_factor(weighting):
 def test_loss_on_each_device(ring8, device):
     """The loss is computed where the data are, for every law and weighting."""
     model, x0 = ring8.diffuse(VPSDE()).to(device), ring8.sample(8, seed=0, device=device)
-    for law in TIME_LAWS:
-        loss = denoising_loss(model, x0, weighting="likelihood", law=law, seed=0)
+    for law in TIME_SAMPLING:
+        loss = denoising_loss(model, x0, weighting="likelihood", time_sampling=law, seed=0)
         assert loss.device.type == device
         assert torch.isfinite(loss).all()
 
@@ -318,7 +320,7 @@ def test_errors(ring8):
     with pytest.raises(ValueError, match="sigma2, likelihood, edm, min-snr"):
         denoising_loss(model, x0, weighting="l2")
     with pytest.raises(ValueError, match="uniform, low-discrepancy, log-normal, importance"):
-        denoising_loss(model, x0, law="cosine")
+        denoising_loss(model, x0, time_sampling="cosine")
     with pytest.raises(ValueError, match="log_snr_range"):
         denoising_loss(model, x0, log_snr_range=(50.0, 60.0))
     with pytest.raises(ValueError, match=r"\(4, 1\).*\(4, 2\)"):

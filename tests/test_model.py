@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from scoresde import EDMSDE, VESDE, VPSDE, RectifiedFlow, ScoreModel, ScoreNet, denoising_loss, log_prob, sample
-from scoresde.flow import take_rows
-from scoresde.model import PARAMETERIZATIONS, NoiseLabel
+from scoresde import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    RectifiedFlow,
+    ScoreModel,
+    ScoreNet,
+    conditions,
+    denoising_loss,
+    log_prob,
+    sample,
+)
+from scoresde.models.network import PARAMETERIZATIONS, NoiseLabel
 from scoresde.samplers import ProbabilityFlow
 from scoresde.sde import expand
 
@@ -279,9 +289,9 @@ def test_conditions_reach_the_network_row_by_row(wrap, method):
 
 def test_conditions_that_cannot_be_split():
     """A condition without rows is an error where rows have to be taken; None stays None."""
-    assert take_rows(None, torch.tensor([0])) is None
+    assert conditions.take_rows(None, torch.tensor([0])) is None
     with pytest.raises(TypeError, match="cond must be"):
-        take_rows("a cat", torch.tensor([0]))
+        conditions.take_rows("a cat", torch.tensor([0]))
 
 
 def test_no_condition_means_two_arguments():

@@ -11,7 +11,7 @@ import scoresde
 from scoresde import VESDE
 from scoresde.interop.files import Weights
 from scoresde.interop.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
-from scoresde.model import NoiseLabel
+from scoresde.models.network import NoiseLabel
 from scoresde.nets.refinenet import InstanceNormPlus, RefineNet
 from scoresde.store import save_model
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from scoresde import VPSDE, Exact, GaussianMixture, Hadamard, Hutchinson, ScoreNet, bits_per_dim, log_prob
-from scoresde.likelihood import Plan, plan_likelihood, quantize
-from scoresde.likelihood.decoupled import Followed
-from scoresde.likelihood.plan import FINE, GOAL, MEASURES, POINTS, survey, typical
-from scoresde.likelihood.refine import default_plan
+from scoresde.likelihood import LikelihoodPlan, plan_likelihood, quantize
+from scoresde.likelihood.decoupled.quadrature import FlowTrajectory
+from scoresde.likelihood.decoupled.refinement import default_plan
+from scoresde.likelihood.decoupled.survey import FINE, GOAL, MEASURES, POINTS, survey, typical
 from scoresde.rng import RandomSource, spawn
 
 
@@ -38,7 +38,7 @@ def true_errors(model, x, plan, measure=(0.03, 0.1), points=160):
         plan, measure=dataclasses.replace(plan.measure, a=measure[0], b=measure[1]), points=points
     )
     source = RandomSource(0, "cpu", len(x))
-    coarse, exact = (Followed(model, x, p).integrate(Exact(), source).change[:, 0] for p in (plan, fine))
+    coarse, exact = (FlowTrajectory(model, x, p).integrate(Exact(), source).change[:, 0] for p in (plan, fine))
     return coarse - exact
 
 
@@ -92,7 +92,7 @@ def test_what_a_survey_sees_is_what_rules_do(image16):
     """The errors that it interpolates for a candidate are those that the candidate makes on the same rows."""
     model, x = image16.diffuse(VPSDE()), image16.sample(3, seed=2)
     start = dataclasses.replace(default_plan(model, 1e-4, exact=True), measure=FINE[0], points=FINE[1])
-    followed = Followed(model, x, start)
+    followed = FlowTrajectory(model, x, start)
     errors, _ = survey(followed, Exact(), RandomSource(0, "cpu", 3))
     assert set(errors) == {(m, n) for m in MEASURES for n in POINTS}
     for candidate in ((MEASURES[4], 16), (MEASURES[11], 16), (MEASURES[0], 24)):
@@ -106,10 +106,10 @@ def test_the_noise_that_a_survey_foresees(image16):
     """The variance of independent single probes at a rule's points is what repeated integrals show."""
     model, x = image16.diffuse(VPSDE()), image16.sample(1, seed=2)
     start = dataclasses.replace(default_plan(model, 1e-4, exact=True), measure=FINE[0], points=FINE[1])
-    _, noise = survey(Followed(model, x, start), Hutchinson(64), RandomSource(0, "cpu", 1))
+    _, noise = survey(FlowTrajectory(model, x, start), Hutchinson(64), RandomSource(0, "cpu", 1))
     candidate = (MEASURES[10], 24)
     plan = dataclasses.replace(start, measure=candidate[0], points=candidate[1])
-    followed = Followed(model, x.expand(400, 1, 4, 4), plan)
+    followed = FlowTrajectory(model, x.expand(400, 1, 4, 4), plan)
     change = followed.integrate(Hutchinson(1), RandomSource(spawn(0, 400), "cpu", 400)).change[:, 0]
     assert float(change.var()) == pytest.approx(noise[candidate], rel=0.35)
 
@@ -176,8 +176,8 @@ def test_faults():
     shaped = ScoreNet(Linear(), VPSDE(), "noise", event_shape=(3,))
     with pytest.raises(ValueError, match=r"\(3,\), got \(2,\)"):
         plan_likelihood(shaped, torch.zeros(2, 2))
-    assert isinstance(plan_likelihood(shaped), Plan)
-    assert isinstance(plan_likelihood(model, torch.ones(1, 2)), Plan)
+    assert isinstance(plan_likelihood(shaped), LikelihoodPlan)
+    assert isinstance(plan_likelihood(model, torch.ones(1, 2)), LikelihoodPlan)
 
 
 def test_bits_per_dim_with_a_survey_does_not_depend_on_chunks(image16):
@@ -203,7 +203,7 @@ def test_bits_per_dim_with_a_survey_does_not_depend_on_chunks(image16):
 
 def test_a_model_that_cannot_draw_is_scored_without_a_survey(monkeypatch, image16):
     """Where the model's own samples cannot be had, bits/dim says so and takes the default plan."""
-    import scoresde.likelihood.plan as plan
+    import scoresde.likelihood.decoupled.survey as plan
 
     def stiff(*args, **kwargs):
         raise RuntimeError("the ODE solve failed in 8 of 8 samples")

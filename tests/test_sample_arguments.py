@@ -22,7 +22,7 @@ from scoresde import (
     sample,
 )
 from scoresde.grids import angle, cosine, given, karras, uniform_log_snr, uniform_time
-from scoresde.model import PARAMETERIZATIONS
+from scoresde.models.network import PARAMETERIZATIONS
 from scoresde.rng import RandomSource
 from scoresde.samplers import (
     Data,

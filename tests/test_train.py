@@ -16,7 +16,7 @@ from PIL import Image
 
 from scoresde import QuantizedScoreNet, ScoreNet, load, sample
 from scoresde.store import read_tensors
-from scoresde.train import PRESETS, TrainingStopped, TrainOptions, build_model, load_splits, loop, train
+from scoresde.train import TRAIN_PRESETS, TrainingStopped, TrainOptions, build_model, load_splits, loop, train
 from scoresde.train.checkpoint import folders, read_latest
 
 SIZE = 8
@@ -37,7 +37,7 @@ def pixels_path(tmp_path_factory):
 def options(pixels_path):
     """A run of 12 steps of a tiny network."""
     return dataclasses.replace(
-        PRESETS["demo"],
+        TRAIN_PRESETS["demo"],
         data=str(pixels_path),
         levels=5,
         channels=(8, 16),
@@ -147,7 +147,7 @@ def test_other_parameterizations(options, tmp_path, parameterization):
         sde="VPSDE",
         sde_options={"t_min": 1e-3},
         weighting="sigma2",
-        law="uniform",
+        time_sampling="uniform",
         steps=3,
     )
     result = train(other, tmp_path)
@@ -458,10 +458,10 @@ def test_divergence_stops(options, tmp_path, evaluate_every):
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", TRAIN_PRESETS)
 def test_options_survive_json(name):
     """Through text and back they are the same, tuples and None included."""
-    o = dataclasses.replace(PRESETS[name], log_snr_range=None if name == "digits" else (-3.0, 4.0))
+    o = dataclasses.replace(TRAIN_PRESETS[name], log_snr_range=None if name == "digits" else (-3.0, 4.0))
     assert TrainOptions.from_json(json.loads(json.dumps(o.to_json()))) == o
 
 
@@ -477,7 +477,7 @@ def test_unknown_options_are_named():
         (dict(sde="VP"), "unknown SDE 'VP'; choose one of: VPSDE"),
         (dict(parameterization="eps"), "parameterization"),
         (dict(weighting="none"), "weighting"),
-        (dict(law="gauss"), "law"),
+        (dict(time_sampling="gauss"), "time sampling"),
         (dict(steps=0), "steps"),
         (dict(batch_size=0), "batch_size"),
         (dict(evaluate_every=-1), "evaluate_every"),

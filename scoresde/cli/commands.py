@@ -13,10 +13,10 @@ import torch
 
 from scoresde._version import __version__
 from scoresde.cli.bpd import bits_line, measure
-from scoresde.sample import METHODS
 from scoresde.samplers import FewStep, Sampler
+from scoresde.samplers.registry import METHODS
 
-# the names of `scoresde.sample.METHODS`, as choices on the command line, and what `scoresde tune` left beside the model
+# the names of `scoresde.sampling.METHODS`, as choices on the command line, and what `scoresde tune` left beside the model
 Method = Literal[("tuned", *METHODS)]
 CHUNK = 256
 
@@ -74,7 +74,7 @@ def train(
         score: Compute exact test bits/dim at the end (digits only).
         device: Where to train.
     """
-    from scoresde.train import PRESETS, TrainOptions, options_of
+    from scoresde.train import TRAIN_PRESETS, TrainOptions, options_of
     from scoresde.train import train as run_training
 
     given = dict(
@@ -89,7 +89,7 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     out = f"runs/{preset}" if out is None else out
-    start = TrainOptions.from_json(options_of(Path(out))) if resume else PRESETS[preset]
+    start = TrainOptions.from_json(options_of(Path(out))) if resume else TRAIN_PRESETS[preset]
     options = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
     result = run_training(options, out, device=device, resume=resume, progress=True)
     metrics = {"command": "train", "preset": None if resume else preset, **training_record(result, options)}

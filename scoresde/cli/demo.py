@@ -41,7 +41,7 @@ def demo(
     from scoresde import checks, plots
     from scoresde.data import digits
     from scoresde.store import check_writable
-    from scoresde.train import PRESETS, train
+    from scoresde.train import TRAIN_PRESETS, train
 
     checks.positive_int(images, "images")
     check_probes(probes)
@@ -50,7 +50,7 @@ def demo(
     check_writable(folder.absolute().parent)
     if overwrite:
         _set_aside(folder)
-    options = dataclasses.replace(PRESETS["demo"], minutes=minutes, seed=seed)
+    options = dataclasses.replace(TRAIN_PRESETS["demo"], minutes=minutes, seed=seed)
     train_images, test_images = digits("train"), digits("test")
     print(
         f"1/4  Training a score network on {len(train_images)} handwritten digits (8x8, {train_images.levels} grey levels), "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoresde.rng import derive
 
-LABELS = 8  # changed at all, shift y and x, rotation, shear, log-scale x and y, whole-pixel shift
+AUGMENTATION_DIM = 8  # changed at all, shift y and x, rotation, shear, log-scale x and y, whole-pixel shift
 _SPREAD = np.array([0.12, 0.12, 0.08, 0.08])
 
 
@@ -31,13 +31,13 @@ def augmented(values: Tensor, levels: int, *, copies: int = 8, seed: int = 0) ->
     out, labels = [], []
     for dy, dx in ((0, -1), (0, 1), (-1, 0), (1, 0)):
         out.append(shift(images, (0, 0, dy, dx), order=0))
-        label = np.zeros((n, LABELS))
+        label = np.zeros((n, AUGMENTATION_DIM))
         label[:, [0, 1, 2, 7]] = 1.0, dy, dx, 1.0
         labels.append(label)
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
     for _ in range(copies):
         moved = np.empty_like(images)
-        label = np.zeros((n, LABELS))
+        label = np.zeros((n, AUGMENTATION_DIM))
         label[:, 0] = 1.0
         for i, image in enumerate(images):
             z, move = rng.normal(size=4), rng.uniform(-0.5, 0.5, 2)

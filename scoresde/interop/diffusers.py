@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from scoresde.interop.diffusers_dit import blocks_differ, dit_from_config, dit_weights
 from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.interop.schedules import process_of_scheduler
-from scoresde.model import ScoreNet
+from scoresde.models.network import ScoreNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import VESDE
 from scoresde.store import read_tensors

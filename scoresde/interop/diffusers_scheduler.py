@@ -17,11 +17,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from scoresde.interop.schedules import process_of_scheduler
-from scoresde.model import NoiseLabel, ScoreNet
+from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.rng import RandomSource
-from scoresde.sample import sampler_for
 from scoresde.samplers import Sampler
 from scoresde.samplers.base import time_grid
+from scoresde.samplers.registry import sampler_for
 
 
 class _Said(nn.Module):
@@ -78,7 +78,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         asked = self._times if self.sampler.denoise_final else self._times[:-1]
         self.timesteps = self.model.label(self.model.sde, asked).to(device=device, dtype=torch.float32)
         self._asked = self.timesteps.tolist()
-        self._place, self._state, self._bound = 0, None, None
+        self._place, self._state, self._prepared = 0, None, None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself."""
@@ -97,15 +97,15 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         if not len(self.timesteps):
             raise ValueError("call set_timesteps before step.")
         i, times = self._index(float(timestep)), self._times.tolist()
-        if self._bound is None:
-            self._bound = self.model.bound(sample, self._times)
-            self._state = self.sampler.start(self._bound, self._times)
+        if self._prepared is None:
+            self._prepared = self.model.prepare(sample, self._times)
+            self._state = self.sampler.start(self._prepared, self._times)
         self.model.net.answer = model_output
         if i == len(times) - 1:
-            out = self._bound.denoise(sample, times[i])
+            out = self._prepared.denoise(sample, times[i])
         else:
             noise = RandomSource(generator, sample.device, sample.shape[0])
-            out = self.sampler.step(self._bound, sample, times[i], times[i + 1], self._state, noise, None)
+            out = self.sampler.step(self._prepared, sample, times[i], times[i + 1], self._state, noise, None)
         self._place = i + 1
         return SimpleNamespace(prev_sample=out) if return_dict else (out,)
 
@@ -116,11 +116,11 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         if i < len(self._asked) and near(i):
             return i
         found = [k for k in range(len(self._asked)) if near(k)]
-        if not found or (i and self._bound is not None and found[0] < i):
+        if not found or (i and self._prepared is not None and found[0] < i):
             raise ValueError(
                 f"timestep {timestep:g} is not one of those to come, or all are done; call set_timesteps to start again."
             )
-        self._bound = None  # what a multistep method remembers ends here
+        self._prepared = None  # what a multistep method remembers ends here
         return found[0]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.interop.pickles import network_of
-from scoresde.model import NoiseLabel, ScoreNet
+from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, DiscreteVPSDE
 from scoresde.store import read_tensors

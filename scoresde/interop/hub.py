@@ -7,7 +7,7 @@ import re
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.store import load_model, save_model
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")

@@ -11,7 +11,7 @@ from scoresde.interop import edm, score_sde
 from scoresde.interop.diffusers import is_diffusers, load_diffusers
 from scoresde.interop.files import read_torch
 from scoresde.interop.hub import download, is_hub_id
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.store import MODEL_FILE, load_model, read_tensors
 
 TORCH_FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scoresde.interop.files import Weights
-from scoresde.model import NoiseLabel, ScoreNet
+from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.nets.refinenet import ACTIVATIONS, RefineNet
 from scoresde.sde import VESDE
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scoresde.model import NoiseLabel
+from scoresde.models.network import NoiseLabel
 from scoresde.sde import SDE, VESDE, DiscreteVPSDE, RectifiedFlow
 
 # those whose betas are the process; what else a name may do to them is refused below

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.interop.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
-from scoresde.model import NoiseLabel, ScoreNet
+from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.nets.refinenet import RefineNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import SDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE

@@ -1,9 +1,11 @@
 """Exact likelihood: traces, log densities, bits/dim."""
 
 from scoresde.likelihood.bits import BitsPerDim, bits_from_nats, bits_per_dim
-from scoresde.likelihood.curve import Stretch
 from scoresde.likelihood.ddpm import DDPMBound, ddpm_bound
-from scoresde.likelihood.decoupled import Plan
+from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
+from scoresde.likelihood.decoupled.survey import plan_likelihood
+from scoresde.likelihood.decoupled.trajectory import AngleWarp
+from scoresde.likelihood.density import LogProb, log_prob
 from scoresde.likelihood.dequantization import (
     Dequantizer,
     TruncatedNormalDequantizer,
@@ -14,11 +16,10 @@ from scoresde.likelihood.dequantization import (
     quantize,
 )
 from scoresde.likelihood.divergence import Divergence, Exact, Hadamard, Hutchinson, HutchPlusPlus, default_divergence
-from scoresde.likelihood.elbo import elbo
-from scoresde.likelihood.log_prob import LogProb, log_prob
-from scoresde.likelihood.plan import plan_likelihood
+from scoresde.likelihood.variational import elbo
 
 __all__ = [
+    "AngleWarp",
     "BitsPerDim",
     "DDPMBound",
     "Dequantizer",
@@ -27,9 +28,8 @@ __all__ = [
     "Hadamard",
     "HutchPlusPlus",
     "Hutchinson",
+    "LikelihoodPlan",
     "LogProb",
-    "Plan",
-    "Stretch",
     "TruncatedNormalDequantizer",
     "UniformDequantizer",
     "VariationalDequantizer",

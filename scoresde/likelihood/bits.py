@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks, ode
-from scoresde.flow import move, take_rows
-from scoresde.likelihood.decoupled import Plan
+from scoresde import checks, conditions, ode
+from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
+from scoresde.likelihood.decoupled.survey import plan_likelihood
+from scoresde.likelihood.density import METHODS, log_prob
 from scoresde.likelihood.dequantization import Dequantizer, dequantizer, log_mean_weight, pair
 from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
-from scoresde.likelihood.log_prob import METHODS, log_prob
-from scoresde.likelihood.plan import plan_likelihood
-from scoresde.model import ScoreModel, check_cond, require_model
+from scoresde.models.base import ScoreModel, require_model
 from scoresde.modes import device_of, dtype_of
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive, spawn
@@ -74,7 +73,7 @@ def bits_per_dim(
     rtol: float = 1e-4,
     atol: float = 1e-4,
     method: str = "decoupled",
-    plan: Plan | str | None = "auto",
+    plan: LikelihoodPlan | str | None = "auto",
     max_nfe: int = 10_000,
     seed: int = 0,
     first: int = 0,
@@ -113,8 +112,10 @@ def bits_per_dim(
         checks.positive(value, name)
     checks.positive_int(max_nfe, "max_nfe")
     checks.choice(method, METHODS, "method of solution")
-    if plan is not None and plan != "auto" and not isinstance(plan, Plan):
-        raise TypeError(f'plan must be "auto", None or a Plan, such as plan_likelihood(model) returns, got {plan!r}.')
+    if plan is not None and plan != "auto" and not isinstance(plan, LikelihoodPlan):
+        raise TypeError(
+            f'plan must be "auto", None or a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.'
+        )
     if len(getattr(data, "shape", ())) > 1:
         model.check_event(tuple(data.shape[1:]))
     declared = levels is not None or model.levels is not None
@@ -137,7 +138,7 @@ def bits_per_dim(
                     f"levels is not given and the model does not say; 256 is the default, but the data only reach "
                     f"{int(k.max())}. Pass levels= (256 if these are dark 8-bit images)."
                 )
-            k, c = k.to(device), move(c, device)
+            k, c = k.to(device), conditions.move(c, device)
             log_w, error, cost, state = _log_weights(
                 model, k, c, points, (draws, samples), spawn(seed, n, first + seen), batch_size, options
             )
@@ -161,7 +162,7 @@ def surveyed(model: ScoreModel, divergence: Divergence | None, method: str) -> b
     return not isinstance(chosen, Exact)
 
 
-def survey_of(model: ScoreModel, **options: Any) -> Plan | None:
+def survey_of(model: ScoreModel, **options: Any) -> LikelihoodPlan | None:
     """`plan_likelihood` of the model's own examples; None, with a warning, where it cannot draw any."""
     try:
         return plan_likelihood(model, **options)
@@ -233,7 +234,7 @@ def _log_weights(
             model,
             torch.cat([v for v, _ in drawn]).to(dtype_of(model)),
             seed=probes,
-            cond=cond if len(copies) == 1 else take_rows(cond, rows),
+            cond=cond if len(copies) == 1 else conditions.take_rows(cond, rows),
             **options,
         )
         value = torch.where(r.status == ode.OK, r.value, torch.nan)
@@ -277,10 +278,10 @@ def levels_of(model: ScoreModel, levels: int | None) -> int:
 def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Tensor, Any]]:
     if isinstance(data, Tensor) or hasattr(data, "__array__"):
         whole = _images(data, levels)
-        check_cond(cond, whole.shape[0])
+        conditions.check(cond, whole.shape[0])
         for start in range(0, whole.shape[0], size):
             rows = torch.arange(start, min(start + size, whole.shape[0]))
-            yield whole[rows], take_rows(cond, rows)
+            yield whole[rows], conditions.take_rows(cond, rows)
         return
     if cond is not None:
         raise ValueError("cond goes with a tensor of data; a loader would not say which rows it belongs to.")

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from scoresde import checks, grids
 from scoresde.likelihood.dequantization import pair, warn_if_quantized
-from scoresde.likelihood.elbo import control_factor
-from scoresde.model import ScoreModel, check_input, require_model
+from scoresde.likelihood.variational import control_factor
+from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.sde import sum_event

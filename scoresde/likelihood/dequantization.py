@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from scoresde import checks
-from scoresde.flow import move, take_rows
-from scoresde.model import ScoreModel, check_cond
+from scoresde import checks, conditions
+from scoresde.models.base import ScoreModel
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.sde import sum_event
@@ -234,13 +233,13 @@ class VariationalDequantizer(Dequantizer, nn.Module):
         if data.shape[0] == 0:
             raise ValueError("data is empty; a dequantizer is fitted on at least one example.")
         checks.same_shape(data, (data.shape[0], *self.event_shape), "the data given to fit")
-        check_cond(cond, data.shape[0])
+        conditions.check(cond, data.shape[0])
         if not callable(target):
             raise TypeError(f"target must be a ScoreModel or a function of (B, *), got {type(target).__name__}.")
         for name, value in (("steps", steps), ("batch_size", batch_size)):
             checks.positive_int(value, name)
         device, n = device_of(self), min(batch_size, data.shape[0])
-        data, cond = data.to(device), move(cond, device)
+        data, cond = data.to(device), conditions.move(cond, device)
         source = RandomSource(seed, device, n, salt=SALT)
         parameters = list(self.parameters())
         adam = torch.optim.Adam(parameters, lr=checks.positive(learning_rate, "learning_rate"))
@@ -249,7 +248,7 @@ class VariationalDequantizer(Dequantizer, nn.Module):
             rows = (source.uniform((n, 1), torch.float64).squeeze(1) * data.shape[0]).long()
             with torch.enable_grad():
                 v, log_q = self._draw(data[rows], source)
-                loss = -(_objective(target, v, t, take_rows(cond, rows)) - log_q).mean()
+                loss = -(_objective(target, v, t, conditions.take_rows(cond, rows)) - log_q).mean()
                 gradients = torch.autograd.grad(loss, parameters)
             if not all(bool(torch.isfinite(g).all()) for g in gradients):
                 raise checks.NonFiniteError(f"the gradient of the target is NaN or infinite at step {step} of fit.")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import ode
-from scoresde.flow import AnglePath, take_rows
+from scoresde import conditions, ode
+from scoresde.flow import AnglePath
 from scoresde.likelihood.divergence import Divergence
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.samplers.ode import raise_if_failed
 from scoresde.sde import expand
 
@@ -58,7 +58,7 @@ def transport(
     ends = (min(start, end), max(start, end))
 
     def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = take_rows(cond, rows)
+        chosen = conditions.take_rows(cond, rows)
         return divergence(
             lambda leaf: path.velocity(model, leaf, theta, ends, chosen), u, None if probes is None else probes[rows]
         )

@@ -105,7 +105,7 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
         check_input(x, label, len(self.size), self.config["in_channels"])
         grid = self._grid(x)
-        told = self._told(label, cond)
+        embedded = self._embedded(label, cond)
         # under autocast the sum over the blocks keeps the parameters' precision
         h = self.enter(x).flatten(2).transpose(1, 2).to(self.enter.weight.dtype)
         turn = None
@@ -113,9 +113,9 @@ class DiT(nn.Module):
             turn = _turn(grid, h.shape[-1] // self.heads // 2, h)
         else:
             h = h + self.positions
-        for block, features in zip(self.blocks, told, strict=True):
+        for block, features in zip(self.blocks, embedded, strict=True):
             h = block(h, features, turn)
-        shift, scale = self.modulate(told[0])[:, None].chunk(2, -1)
+        shift, scale = self.modulate(embedded[0])[:, None].chunk(2, -1)
         return self._unpatch(self.leave(_modulated(h, shift, scale, EPS)), grid)
 
     def _grid(self, x: Tensor) -> list[int]:
@@ -130,15 +130,15 @@ class DiT(nn.Module):
             raise ValueError(f"each spatial axis must be a multiple of its patch, {self.patch}; got {size}.")
         return [n // p for n, p in zip(size, self.patch, strict=True)]
 
-    def _told(self, label: Tensor, cond: Any) -> list[Tensor]:
+    def _embedded(self, label: Tensor, cond: Any) -> list[Tensor]:
         """The noise features (B, width) for each block."""
         if isinstance(self.embed, NoiseEmbedding):
             return [self.embed(label, cond)] * len(self.blocks)
-        told = [embed(label, cond) for embed in self.embed]
+        embedded = [embed(label, cond) for embed in self.embed]
         if self.training and self.drop_cond and cond is not None:
             dropped = torch.rand(len(label), 1, device=label.device) < self.drop_cond
-            told = [torch.where(dropped, embed(label), h) for embed, h in zip(self.embed, told, strict=True)]
-        return told
+            embedded = [torch.where(dropped, embed(label), h) for embed, h in zip(self.embed, embedded, strict=True)]
+        return embedded
 
     def _unpatch(self, h: Tensor, grid: list[int]) -> Tensor:
         """(B, n, channels of whole patches), the image's channels fastest -> (B, out_channels, *size)."""
@@ -163,8 +163,8 @@ class _Block(nn.Module):
         self.second = xavier_(nn.Linear(hidden, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, h: Tensor, told: Tensor, turn: Turn | None) -> Tensor:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulate(told)[:, None].chunk(6, -1)
+    def forward(self, h: Tensor, embedded: Tensor, turn: Turn | None) -> Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulate(embedded)[:, None].chunk(6, -1)
         h = h + gate * self.dropout(self._attention(_modulated(h, shift, scale, EPS), turn))
         inner = self.first(_modulated(h, mlp_shift, mlp_scale, self.mlp_eps))
         return h + mlp_gate * self.second(self.dropout(F.gelu(inner, approximate="tanh")))

@@ -16,7 +16,7 @@ from scoresde.nets.embedding import NoiseEmbedding
 UP_CONV = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
-class ResBlock(nn.Module):
+class LeanBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the embedding scales and shifts the second norm (adaptive group norm)."""
 
     def __init__(self, rank: int, channels: int, out: int, embedding: int, dropout: float, groups: int = 8):
@@ -128,7 +128,7 @@ class LeanUNet(nn.Module):
         self.embed = NoiseEmbedding(embedding, cond_dim, classes=classes, drop_cond=drop_cond)
         self.position_map = nn.Parameter(0.1 * torch.randn(1, positions, *size)) if positions else None
         self.enter = conv(in_channels + positions, channels[0], 3, padding=1)
-        block = lambda c_in, c_out: ResBlock(rank, c_in, c_out, embedding, dropout)  # noqa: E731
+        block = lambda c_in, c_out: LeanBlock(rank, c_in, c_out, embedding, dropout)  # noqa: E731
         fine = list(zip(channels[:-1], channels[1:], blocks[:-1], strict=True))
         self.down = nn.ModuleList(nn.ModuleList(block(c, c) for _ in range(n)) for c, _, n in fine)
         self.shrink = nn.ModuleList(conv(c, wider, 2, stride=2) for c, wider, _ in fine)

@@ -24,7 +24,7 @@ _EDM_64 = dict(size=(64, 64), multipliers=(1, 2, 2, 2), dropout=0.05)
 _LATENT = dict(in_channels=4, out_channels=4, size=(32, 32), patch=2, classes=1000, drop_cond=0.1)
 
 # Song et al. 2021, appendix H and table 3; Ho et al. 2020; Karras et al. 2022, table 7; Peebles & Xie 2023, table 1
-PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+NETWORK_PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "ddpm": (UNet, _DDPMPP | dict(blocks=2, residual="ddpm", resample="conv", rescale_skips=False, group_channels=1)),
     "ddpm++": (UNet, _DDPMPP),
     "ddpm++-deep": (UNet, _DDPMPP | dict(blocks=8)),
@@ -76,7 +76,7 @@ def preset(name: str, **changes: Any) -> nn.Module:
     EDM have the same numbers but our features of the logarithm. Raises `ValueError` for an unknown name and `TypeError` for an
     unknown option.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown network {name!r}; use one of {', '.join(PRESETS)}.")
-    kind, options = PRESETS[name]
+    if name not in NETWORK_PRESETS:
+        raise ValueError(f"unknown network {name!r}; use one of {', '.join(NETWORK_PRESETS)}.")
+    kind, options = NETWORK_PRESETS[name]
     return kind(**options | changes)

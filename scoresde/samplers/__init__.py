@@ -10,10 +10,12 @@ from scoresde.samplers.heun import Heun, StochasticHeun
 from scoresde.samplers.linear import DDIM, Ancestral, EulerMaruyama, FlowEuler, Hold, ReverseDiffusion
 from scoresde.samplers.multistep import Multistep
 from scoresde.samplers.ode import ProbabilityFlow
+from scoresde.samplers.registry import METHODS, sampler_for
 from scoresde.samplers.singlestep import Singlestep
 
 __all__ = [
     "DDIM",
+    "METHODS",
     "Ancestral",
     "Angle",
     "AnnealedLangevin",
@@ -45,6 +47,7 @@ __all__ = [
     "TorchSDE",
     "Trajectory",
     "run",
+    "sampler_for",
     "steps_within",
     "time_grid",
     "transition",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
 from scoresde.samplers.brownian import BrownianPath
@@ -225,7 +225,7 @@ class _Motion:
 # -- the probability flow --------------------------------------------------------------------------------------------
 
 
-class _Flow(Sampler):
+class _FlowBackend(Sampler):
     """The probability flow in t, one solve per interval of the grid, step sizes shared by the batch."""
 
     default_steps = 1
@@ -258,7 +258,7 @@ class _Flow(Sampler):
         """x (B, *) at t -> x at s < t, for dx/dt = slope(t, x)."""
 
 
-class TorchDiffEq(_Flow):
+class TorchDiffEq(_FlowBackend):
     """The probability flow through `torchdiffeq.odeint`.
 
     Arguments: `method`: "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", which choose their steps for `rtol`
@@ -304,7 +304,7 @@ class TorchDiffEq(_Flow):
             ) from e
 
 
-class ScipyRK45(_Flow):
+class ScipyRK45(_FlowBackend):
     """The black-box ODE sampler as published: `scipy.integrate.solve_ivp` on the flattened batch, in float64.
 
     Arguments: `rtol`, `atol` (1e-5 each in the paper); `method`: "RK45", "RK23" or "DOP853". The state travels to the CPU

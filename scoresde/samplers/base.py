@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.bound import Bound
 from scoresde.grids import Grid, given, uniform_time
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
+from scoresde.models.prepared import PreparedModel
 from scoresde.progress import bar
 from scoresde.rng import RandomSource
 from scoresde.samplers.brownian import PathNoise
@@ -128,17 +128,17 @@ def undefined(sampler: Sampler, sde: SDE, t: float, s: float) -> ValueError:
     )
 
 
-def affine_at(model: ScoreModel | Bound, t: float) -> tuple[float, float, float, float]:
-    """(a, b, c, e) at one time as numbers: looked up in a bound model, computed for another."""
-    if isinstance(model, Bound):
+def affine_at(model: ScoreModel | PreparedModel, t: float) -> tuple[float, float, float, float]:
+    """(a, b, c, e) at one time as numbers: looked up in a prepared model, computed for another."""
+    if isinstance(model, PreparedModel):
         return model.at(t)[:4]
     return tuple(float(v) for v in model.affine(torch.tensor(t, dtype=torch.float64)))
 
 
-def prepare(model: ScoreModel | Bound, times: Tensor) -> None:
-    """Tell a bound model of evaluations at float64 `times` (N,) that are not on the grid."""
-    if isinstance(model, Bound):
-        model.prepare(times)
+def add_times(model: ScoreModel | PreparedModel, times: Tensor) -> None:
+    """Tell a prepared model of evaluations at float64 `times` (N,) that are not on the grid."""
+    if isinstance(model, PreparedModel):
+        model.add_times(times)
 
 
 def transition(sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ def run(
     the loop, so that no step waits for the host.
     """
     steps = times.numel() - 1
-    model = model.bound(x, times, compile=compile)
+    model = model.prepare(x, times, compile=compile)
     state = sampler.start(model, times)
     points = times.tolist()
     watch = _Watch(x.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.grids import uniform_log_snr
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State, affine_at
 from scoresde.samplers.linear import Hold, ReverseDiffusion

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.bound import combine
 from scoresde.grids import ends_of
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
+from scoresde.models.prepared import combine
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
 from scoresde.samplers.exponential import Angle, Array, Points, affine_arrays
@@ -140,7 +140,7 @@ def untuned(r_max: float, r_min: float, c: float, n: int) -> Scheme:
 
 
 class FewStep(Sampler):
-    """The module's scheme: `method="auto"`, and what `scoresde.tune` returns.
+    """The module's scheme: `method="auto"`, and what `scoresde.distill.solver` returns.
 
     `steps` is the number of network evaluations, exactly. Deterministic, and ends at t_min without a final denoiser.
     Arguments: `scheme`, a tuned one (then `steps` is its own number), or None for the rule; `c`, the data's standard

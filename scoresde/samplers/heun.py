@@ -10,9 +10,9 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.grids import karras
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
-from scoresde.samplers.base import Coefficients, Sampler, State, affine_at, prepare
+from scoresde.samplers.base import Coefficients, Sampler, State, add_times, affine_at
 from scoresde.sde import SDE
 
 
@@ -76,7 +76,7 @@ class StochasticHeun(Sampler):
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
         state = super().start(model, times)
-        prepare(model, torch.tensor([row[0] for row in state.table.values()], dtype=torch.float64))
+        add_times(model, torch.tensor([row[0] for row in state.table.values()], dtype=torch.float64))
         return state
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.grids import Grid, angle, uniform_time
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import LinearSampler, Sampler, State, transition
 from scoresde.sde import SDE

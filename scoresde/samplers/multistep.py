@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.bound import combine
 from scoresde.grids import Grid, balanced
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
+from scoresde.models.prepared import combine
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State, undefined
 from scoresde.samplers.exponential import (

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks, ode
-from scoresde.flow import AnglePath, take_rows
+from scoresde import checks, conditions, ode
+from scoresde.flow import AnglePath
 from scoresde.grids import uniform_time
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
 from scoresde.sde import SDE, expand
@@ -60,7 +60,7 @@ class ProbabilityFlow(Sampler):
         ends = (min(s, t), max(s, t))
 
         def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, None]:
-            return path.velocity(model, u, theta, ends, take_rows(cond, rows)), None
+            return path.velocity(model, u, theta, ends, conditions.take_rows(cond, rows)), None
 
         solution = ode.solve(
             slope,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.bound import combine
 from scoresde.grids import Grid, balanced
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
+from scoresde.models.prepared import combine
 from scoresde.rng import RandomSource
-from scoresde.samplers.base import Sampler, State, prepare
+from scoresde.samplers.base import Sampler, State, add_times
 from scoresde.samplers.exponential import Data, Points, Prediction, affine_arrays, prediction_for, step_weights
 
 
@@ -59,7 +59,7 @@ class Singlestep(Sampler):
 
     def start(self, model: ScoreModel, times: Tensor) -> State:
         plans = self._plans(model, times[:-1], times[1:])
-        prepare(model, torch.tensor([stage.time for plan in plans for stage in plan[1:]], dtype=torch.float64))
+        add_times(model, torch.tensor([stage.time for plan in plans for stage in plan[1:]], dtype=torch.float64))
         return State(dict(zip(zip(times[:-1].tolist(), times[1:].tolist(), strict=True), plans, strict=True)))
 
     def _plans(self, model: ScoreModel, t: Tensor, s: Tensor) -> list[list[Stage]]:

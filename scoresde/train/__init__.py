@@ -2,10 +2,10 @@
 
 from scoresde.train.checkpoint import options_of
 from scoresde.train.loop import Result, TrainingInterrupted, TrainingStopped, build_model, load_splits, train
-from scoresde.train.options import PRESETS, TrainOptions
+from scoresde.train.options import TRAIN_PRESETS, TrainOptions
 
 __all__ = [
-    "PRESETS",
+    "TRAIN_PRESETS",
     "Result",
     "TrainOptions",
     "TrainingInterrupted",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.store import load_weights, read_tensors, save_model, write_json, write_tensors
 
 KEEP = 2

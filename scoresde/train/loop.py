@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.checks import NonFiniteError
-from scoresde.data import LABELS, Images, augmented, digits, load_images
+from scoresde.data import AUGMENTATION_DIM, Images, augmented, digits, load_images
 from scoresde.likelihood import bits_from_nats, dequantize, elbo
 from scoresde.losses import denoising_loss, mean_weight
-from scoresde.model import ScoreModel, ScoreNet
+from scoresde.models.base import ScoreModel
+from scoresde.models.network import ScoreNet
+from scoresde.models.quantized import QuantizedScoreNet
 from scoresde.nets import LeanUNet
 from scoresde.progress import bar
-from scoresde.quantized import QuantizedScoreNet
 from scoresde.rng import derive
 from scoresde.sde import SDES
 from scoresde.store import check_writable, save_model
@@ -86,7 +87,7 @@ def build_model(options: TrainOptions, images: Images) -> ScoreModel:
             size,
             channels=options.channels,
             blocks=options.blocks,
-            cond_dim=LABELS if options.augment else 0,
+            cond_dim=AUGMENTATION_DIM if options.augment else 0,
             dropout=options.dropout,
         )
     sde = SDES[options.sde](**options.sde_options)
@@ -102,7 +103,9 @@ class _Objective(nn.Module):
     def __init__(self, model: ScoreModel, options: TrainOptions):
         super().__init__()
         self.model = model
-        self.kind = dict(weighting=options.weighting, law=options.law, log_snr_range=options.log_snr_range)
+        self.kind = dict(
+            weighting=options.weighting, time_sampling=options.time_sampling, log_snr_range=options.log_snr_range
+        )
         scale = mean_weight(model.sde, sigma_data=model.sigma_data, **self.kind)
         self.scale = scale * math.prod(model.event_shape)
 
@@ -125,7 +128,7 @@ class _Batches:
         cond = None
         if self.changed is not None:
             values, labels = self.changed
-            cond = torch.zeros(size, LABELS)
+            cond = torch.zeros(size, AUGMENTATION_DIM)
             rows = torch.rand(size, generator=generator) < self.options.augment
             chosen = torch.randint(len(values), (size,), generator=generator)
             k = torch.where(rows.reshape(-1, *(1,) * (k.dim() - 1)), values[chosen], k)

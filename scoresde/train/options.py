@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from scoresde import checks
-from scoresde.losses import TIME_LAWS, WEIGHTINGS
+from scoresde.losses import TIME_SAMPLING, WEIGHTINGS
 from scoresde.sde import SDES
 
 
@@ -17,7 +17,7 @@ class TrainOptions:
     `data` as in `load_images` ("digits" takes its own train and validation split; other data are split by
     `validation_fraction`); `levels`, of the data where they do not say. The network: a `UNet` of `channels` and
     `blocks` per resolution under `parameterization` ("levels": `QuantizedScoreNet`; or one of `ScoreNet`'s). `augment`
-    is the share of each batch that is replaced by changed images with their labels. `law` and `weighting` as in
+    is the share of each batch that is replaced by changed images with their labels. `time_sampling` and `weighting` as in
     `scoresde.losses`, `log_snr_range` the range of log-SNR that is trained. The learning rate warms up over `warmup`
     steps, then falls by a cosine to `final_learning_rate` times its peak; `ema` is the decay of the averaged
     parameters, which are the ones that are saved and scored. `minutes` bounds the time spent in training steps: where the
@@ -49,7 +49,7 @@ class TrainOptions:
     ema: float = 0.999
     gradient_clip: float = 1.0
     weighting: str = "likelihood"
-    law: str = "importance"
+    time_sampling: str = "importance"
     log_snr_range: tuple[float, float] | None = (-9.0, 9.5)
     evaluate_every: int = 250
     checkpoint_every: int = 500
@@ -59,7 +59,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         checks.choice(self.sde, SDES, "SDE")
         checks.choice(self.weighting, WEIGHTINGS, "weighting")
-        checks.choice(self.law, TIME_LAWS, "law of t")
+        checks.choice(self.time_sampling, TIME_SAMPLING, "time sampling")
         checks.choice(
             self.parameterization, ("levels", "noise", "score", "denoise", "velocity", "edm"), "parameterization"
         )
@@ -91,7 +91,7 @@ class TrainOptions:
 
 
 # Chosen on validation bits/dim. Regularisation decides: 1,300 images are few, so longer runs change and drop out more.
-PRESETS: dict[str, TrainOptions] = {
+TRAIN_PRESETS: dict[str, TrainOptions] = {
     "demo": TrainOptions(steps=2000, minutes=5.0, augment=0.2, evaluate_every=200),
     "digits": TrainOptions(steps=7500, dropout=0.25, augment=0.5, weight_decay=0.05),
     "digits-long": TrainOptions(

@@ -4,7 +4,7 @@ Layer 3. $\log p(x_{t_{min}}) = \log\pi(x_1) + $ the change along the flow, with
 prior for a network, the closed form for an exact mixture. The result is the density of the model's own marginal at t_min.
 
 The change comes from one of two engines: `decoupled`, the trajectory first and its divergence afterwards
-(`scoresde.likelihood.decoupled`), or an embedded Runge-Kutta pair that carries both (`scoresde.likelihood.transport`).
+(`scoresde.likelihood.decoupled.quadrature`), or an embedded Runge-Kutta pair that carries both (`scoresde.likelihood.transport`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks, ode
-from scoresde.flow import take_rows
-from scoresde.likelihood.decoupled import Plan
+from scoresde import checks, conditions, ode
+from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
+from scoresde.likelihood.decoupled.refinement import Refined, mean_and_error, refined, retraced, tolerance_of
 from scoresde.likelihood.dequantization import warn_if_quantized
 from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
-from scoresde.likelihood.refine import Refined, mean_and_error, refined, retraced, tolerance_of
 from scoresde.likelihood.transport import Transport, transport
-from scoresde.model import ScoreModel, check_input
+from scoresde.models.base import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource, Seed, Streams
 from scoresde.sde import sum_event
@@ -67,7 +66,7 @@ def log_prob(
     method: str = "decoupled",
     stderr: float | None = None,
     differentiable: bool = False,
-    plan: Plan | None = None,
+    plan: LikelihoodPlan | None = None,
     max_nfe: int = 10_000,
     seed: Seed = None,
     cond: Any = None,
@@ -106,8 +105,8 @@ def log_prob(
         raise ValueError(
             "stderr= adds probes as it goes, which differentiable=True cannot follow; give probes instead."
         )
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, such as plan_likelihood(model) returns, got {plan!r}.")
+    if plan is not None and not isinstance(plan, LikelihoodPlan):
+        raise TypeError(f"plan must be a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.")
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # the state of a solve is float32 at least
     if x.is_inference():
         with torch.inference_mode(False):
@@ -168,7 +167,9 @@ def _take(
     **options: Any,
 ) -> None:
     """Solve these rows adaptively, and keep what is found for those that finish."""
-    found = _coupled(model, x[rows], divergence, streams.source(rows), take_rows(cond, rows), method="tsit5", **options)
+    found = _coupled(
+        model, x[rows], divergence, streams.source(rows), conditions.take_rows(cond, rows), method="tsit5", **options
+    )
     result.nfe[rows] += found.nfe
     better = (found.status == ode.OK) | ~torch.isfinite(result.value[rows])
     for name in ("value", "stderr", "latent", "status", "trajectory_error", "quadrature_error"):

@@ -1,9 +1,8 @@
 r"""Log densities with the trajectory and its divergence computed apart.
 
 Layer 3. A solve that carries the trace along needs its probes fixed, and one probe's error dwarfs that of the solver. Here the
-trajectory is solved first, by forward evaluations alone (`scoresde.likelihood.curve`), and the divergence is integrated along
-it afterwards, by Gauss-Legendre quadrature with new probes at every node, whose errors average out. For *any* smooth curve U,
-solution or not,
+trajectory is solved first, by forward evaluations alone (`trajectory`), and the divergence is integrated along it afterwards, by
+Gauss-Legendre quadrature with new probes at every node, whose errors average out. For *any* smooth curve U, solution or not,
 
 $$\log p_{low}(U_{low}) = \log p_{high}(U_{high}) + \int \left[\mathrm{tr}\frac{\partial f}{\partial u}(U)
   + g(U)\cdot(f(U) - U')\right] d\theta, \qquad g = \nabla_u \log p_\theta = -\hat\epsilon/\sin\theta,$$
@@ -27,11 +26,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde import checks
-from scoresde.flow import AnglePath, take_rows
-from scoresde.likelihood.curve import Array, Field, Grid, Stretch, equispaced, evaluations, gauss_legendre, trace_curve
+from scoresde import checks, conditions
+from scoresde.flow import AnglePath
+from scoresde.likelihood.decoupled.trajectory import (
+    AngleWarp,
+    Array,
+    Field,
+    QuadratureRule,
+    equispaced,
+    evaluations,
+    gauss_legendre,
+    trace_curve,
+)
 from scoresde.likelihood.divergence import Divergence, Exact
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.sde import sum_event
 
@@ -40,20 +48,20 @@ RUNAWAY = 1e4  # a slope of this size, where states have unit variance, is the s
 
 
 @dataclass(frozen=True)
-class Plan:
+class LikelihoodPlan:
     """Where a decoupled solve looks: `nodes` of the trajectory, equally spaced in `stretch`, and `points` of the quadrature, a
     Gauss-Legendre rule in `measure`; `quadrature_error`, the rule's own error in nats where a survey measured it."""
 
-    stretch: Stretch
+    stretch: AngleWarp
     nodes: int
-    measure: Stretch
+    measure: AngleWarp
     points: int
     quadrature_error: float = math.nan
 
     def __post_init__(self) -> None:
         for name in ("stretch", "measure"):
-            if not isinstance(getattr(self, name), Stretch):
-                raise TypeError(f"{name} must be a Stretch(a, b), got {getattr(self, name)!r}.")
+            if not isinstance(getattr(self, name), AngleWarp):
+                raise TypeError(f"{name} must be a AngleWarp(a, b), got {getattr(self, name)!r}.")
         for name in ("nodes", "points"):
             if checks.positive_int(getattr(self, name), name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
@@ -63,19 +71,23 @@ class Plan:
         """Evaluations of the network per example, each of the points' with vector-Jacobian products."""
         return evaluations(self.nodes) + self.points
 
-    def finer(self, nodes: float, points: float) -> Plan:
+    def finer(self, nodes: float, points: float) -> LikelihoodPlan:
         """That many times as many of each."""
-        return Plan(self.stretch, math.ceil(nodes * self.nodes), self.measure, math.ceil(points * self.points))
+        return LikelihoodPlan(
+            self.stretch, math.ceil(nodes * self.nodes), self.measure, math.ceil(points * self.points)
+        )
 
 
-class Followed:
+class FlowTrajectory:
     """The trajectories of x (B, *) under a plan, along which divergences can be integrated as often as need be.
 
     `latent` (B, *), where they end; `rows` (B,), what errors call the examples. Raises `NonFiniteError`, naming t and the examples,
     for NaN from the network.
     """
 
-    def __init__(self, model: ScoreModel, x: Tensor, plan: Plan, cond: Any = None, rows: Tensor | None = None):
+    def __init__(
+        self, model: ScoreModel, x: Tensor, plan: LikelihoodPlan, cond: Any = None, rows: Tensor | None = None
+    ):
         self.model, self.plan, self.cond = model, plan, cond
         self.rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
         self.path, self.d = AnglePath(model.sde, model.sigma_data), math.prod(x.shape[1:])
@@ -92,10 +104,10 @@ class Followed:
         _raise_if_broken(size, field, self.rows)
         self.ran_away = ~(size.amax(0) < RUNAWAY)  # (B,): on a grid too coarse for a stiff network
 
-    def part(self, rows: Tensor) -> Followed:
+    def part(self, rows: Tensor) -> FlowTrajectory:
         """The same trajectories, of the chosen examples only."""
         chosen = copy.copy(self)
-        chosen.u, chosen.latent, chosen.cond = self.u[rows], self.latent[rows], take_rows(self.cond, rows)
+        chosen.u, chosen.latent, chosen.cond = self.u[rows], self.latent[rows], conditions.take_rows(self.cond, rows)
         chosen.ran_away, chosen.rows = self.ran_away[rows], self.rows[rows]
         chosen.curve = dataclasses.replace(self.curve, u=chosen.u, slopes=self.curve.slopes[:, rows])
         return chosen
@@ -120,7 +132,7 @@ class Followed:
 
     def integrand(
         self, divergence: Divergence, source: RandomSource, first: int = 0, differentiable: bool = False
-    ) -> tuple[Grid, Tensor, Tensor]:
+    ) -> tuple[QuadratureRule, Tensor, Tensor]:
         """The rule, and at its points (Q, B, k) estimates of tr df/du and (Q, B) the correction g . (f - U')."""
         walk = divergence.walk(self.u.shape, self.u.dtype, source)
         rule = gauss_legendre(self.plan.measure, self.low, self.high, self.plan.points)
@@ -150,7 +162,7 @@ class Integral(NamedTuple):
     quadrature: Tensor
 
 
-def rule_error(integrand: Tensor, rule: Grid, stretch: Stretch) -> Tensor:
+def rule_error(integrand: Tensor, rule: QuadratureRule, stretch: AngleWarp) -> Tensor:
     """Estimated error (B,) of a Gauss-Legendre rule from its integrand (Q, B) with respect to theta.
 
     The integrand's Legendre coefficients in s decay geometrically where it is smooth, and the rule is exact up to degree

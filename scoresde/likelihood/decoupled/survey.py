@@ -19,17 +19,17 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.latents import decode
-from scoresde.likelihood.curve import Stretch, gauss_legendre
-from scoresde.likelihood.decoupled import Followed, Plan, legendre
+from scoresde.likelihood.decoupled.quadrature import FlowTrajectory, LikelihoodPlan, legendre
+from scoresde.likelihood.decoupled.refinement import default_plan, tolerance_of
+from scoresde.likelihood.decoupled.trajectory import AngleWarp, gauss_legendre
 from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson, Walk, default_divergence
-from scoresde.likelihood.refine import default_plan, tolerance_of
-from scoresde.model import ScoreModel, check_input, require_model
+from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
 
-MEASURES = [Stretch(a, b) for a in (0.003, 0.01, 0.03, 0.1) for b in (0.03, 0.1, 0.3, 1.0)]
+MEASURES = [AngleWarp(a, b) for a in (0.003, 0.01, 0.03, 0.1) for b in (0.03, 0.1, 0.3, 1.0)]
 POINTS = (16, 20, 24, 28, 32, 40, 48, 56, 64)
-FINE = (Stretch(0.01, 0.05), 96)
+FINE = (AngleWarp(0.01, 0.05), 96)
 GAIN = 0.1  # variance left of independent probes' by walking through orthogonal ones (digits networks: 0.08 to 0.15)
 GOAL = 0.01  # nats per sqrt(d) that a rule may leave where the trace is estimated
 ROWS = 8
@@ -53,7 +53,7 @@ def plan_likelihood(
     atol: float = 1e-5,
     seed: Seed = 0,
     cond: Any = None,
-) -> Plan:
+) -> LikelihoodPlan:
     """The `plan` for `log_prob` that serves this model best, from a survey on x (B, *): eight examples are enough.
 
     Without x the model draws them itself, by the probability flow; it has to know its `event_shape` then. Use other examples than
@@ -80,7 +80,7 @@ def plan_likelihood(
     exact, tolerance = isinstance(divergence, Exact), tolerance_of(rtol, atol)
     start, goal = default_plan(model, tolerance, exact), GOAL * math.sqrt(x[0].numel())
     with evaluating(model):
-        followed = Followed(model, x, dataclasses.replace(start, measure=FINE[0], points=FINE[1]), cond)
+        followed = FlowTrajectory(model, x, dataclasses.replace(start, measure=FINE[0], points=FINE[1]), cond)
         errors, noise = survey(
             followed, divergence if exact else _Fixed(2), RandomSource(seed, x.device, len(x), salt=SALT)
         )
@@ -117,8 +117,8 @@ def typical(model: ScoreModel, n: int, seed: Seed) -> Tensor:
 
 
 def survey(
-    followed: Followed, divergence: Divergence, source: RandomSource
-) -> tuple[dict[tuple[Stretch, int], Tensor], dict[tuple[Stretch, int], float]]:
+    followed: FlowTrajectory, divergence: Divergence, source: RandomSource
+) -> tuple[dict[tuple[AngleWarp, int], Tensor], dict[tuple[AngleWarp, int], float]]:
     """Of every candidate rule (measure, points): its error (B,) in nats on the integrand that the trajectories' own fine rule
     shows, and the mean variance that independent single probes at its points would add."""
     rule, trace, pull = (v if not isinstance(v, Tensor) else v.cpu() for v in followed.integrand(divergence, source))

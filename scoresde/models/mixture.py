@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource, Seed
 from scoresde.sde import SDE, expand
 

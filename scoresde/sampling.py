@@ -5,91 +5,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresde import checks, ode
+from scoresde import checks, conditions, ode
 from scoresde.flow import AnglePath
-from scoresde.grids import Grid, karras, uniform_log_snr
-from scoresde.likelihood.log_prob import generate
-from scoresde.model import ScoreModel, check_cond, require_model
+from scoresde.grids import Grid
+from scoresde.likelihood.density import generate
+from scoresde.models.base import ScoreModel, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
-from scoresde.samplers import (
-    DDIM,
-    Ancestral,
-    AnnealedLangevin,
-    Data,
-    ErSde,
-    EulerMaruyama,
-    FewStep,
-    FlowEuler,
-    Heun,
-    Multistep,
-    PathNoise,
-    PredictorCorrector,
-    ProbabilityFlow,
-    ReverseDiffusion,
-    Sampler,
-    ScipyRK45,
-    Singlestep,
-    StochasticHeun,
-    Tau,
-    TorchDiffEq,
-    TorchSDE,
-    run,
-    steps_within,
-    time_grid,
-)
-
-METHODS: dict[str, Callable[[], Sampler]] = {
-    # stochastic
-    "pc": PredictorCorrector,
-    "euler": EulerMaruyama,
-    "reverse-diffusion": ReverseDiffusion,
-    "ancestral": Ancestral,
-    "langevin": AnnealedLangevin,
-    "edm": StochasticHeun,
-    "sde-dpm++2m": partial(Multistep, Data(Tau()), 2, pair="midpoint", grid=uniform_log_snr, default_steps=50),
-    "sde-dpm++3m": partial(Multistep, Data(Tau()), 3, grid=uniform_log_snr, default_steps=50),
-    "sa-solver": partial(Multistep, Data(Tau(1.0, 0.05, 1.0)), 3, corrector=3, grid=uniform_log_snr, default_steps=50),
-    "er-sde": partial(Multistep, Data(ErSde()), 3, variable="ratio", grid=uniform_log_snr, default_steps=50),
-    "sde": TorchSDE,
-    # deterministic, a fixed number of steps
-    "auto": FewStep,
-    "flow-euler": FlowEuler,
-    "ddim": DDIM,
-    "heun": Heun,
-    "dpm2": partial(Singlestep, "noise", "midpoint"),
-    "dpm3": partial(Singlestep, "noise", "third"),
-    "dpm++2s": partial(Singlestep, "data", "midpoint"),
-    "dpm++": partial(Multistep, "data", 2, pair="midpoint"),
-    "dpm++2m": partial(Multistep, "data", 2, pair="midpoint"),
-    "dpm++3m": partial(Multistep, "data", 3),
-    "unipc2": partial(Multistep, "data", 2, corrector=3, pair="midpoint"),
-    "unipc3": partial(Multistep, "data", 3, corrector=4, pair="midpoint"),
-    "deis": partial(Multistep, "noise", 3, variable="time", grid=karras),
-    "ipndm": partial(Multistep, "noise", 4, variable="index"),
-    "lms": partial(Multistep, "noise", 3, variable="ratio", grid=karras),
-    "adams-noise": partial(Multistep, "noise", 3, grid=uniform_log_snr),
-    "adams-angle": partial(Multistep, "angle", 3),
-    # deterministic, adaptive
-    "ode": ProbabilityFlow,
-    "torchdiffeq": TorchDiffEq,
-    "rk45": ScipyRK45,
-}
-
-
-def sampler_for(method: str | Sampler) -> Sampler:
-    """The sampler behind a name of `METHODS`, with its defaults, or the given object itself."""
-    if isinstance(method, Sampler):
-        return method
-    if isinstance(method, type) and issubclass(method, Sampler):
-        raise TypeError(f"method is the class {method.__name__}; pass an object, {method.__name__}(...).")
-    return METHODS[checks.choice(method, METHODS, "sampling method")]()
+from scoresde.samplers import FewStep, PathNoise, ProbabilityFlow, Sampler, run, sampler_for, steps_within, time_grid
 
 
 def sample(
@@ -175,7 +103,7 @@ def sample(
             f"the grid starts at t = {start:g}, before the prior at t_max = {model.sde.t_max:g}; pass x_init, the state "
             "there, for example sde.perturb(data, t, noise), or t_max to draw it from a Gaussian."
         )
-    check_cond(cond, shape[0])
+    conditions.check(cond, shape[0])
     device, dtype = device_of(model), dtype_of(model)
     if x_init is not None:
         checks.same_shape(checks.batch(x_init, "x_init"), shape, "x_init")

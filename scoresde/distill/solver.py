@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde import checks
-from scoresde.flow import take_rows
-from scoresde.model import ScoreModel, check_cond, require_model
+from scoresde import checks, conditions
+from scoresde.models.base import ScoreModel, require_model
 from scoresde.modes import device_of, evaluating
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive
@@ -93,8 +92,8 @@ def tune(
     if shape is None:
         raise ValueError("the model does not say the shape of its examples; pass event_shape=(...).")
     model.check_event(shape)
-    check_cond(cond, _rows_of(cond))
-    if cond is not None and _rows_of(cond) < 1:
+    conditions.check(cond, conditions.row_count(cond))
+    if cond is not None and conditions.row_count(cond) < 1:
         raise ValueError("cond must hold at least one row, a condition for one example.")
     with evaluating(model), bar(iterations + 1, "tuning", "iteration", progress) as ticks:
         return _tune(
@@ -112,14 +111,14 @@ def _tune(
     if float(sde.sigma(ends[1])) == 0.0:
         raise ValueError("tuning needs sigma > 0 at t_min; use an SDE with t_min > 0.")
     y = r_max * RandomSource(derive(seed, 0x74756E65), device, total).normal((total, *shape), torch.float64).flatten(1)
-    rows = None if cond is None else torch.arange(total, device=device) % _rows_of(cond)
+    rows = None if cond is None else torch.arange(total, device=device) % conditions.row_count(cond)
     count = _Count()
 
-    flow = _Flow(model, shape, cond, rows, model.sigma_data, torch.zeros_like(y[0]), count)
+    flow = _SchemeSolver(model, shape, cond, rows, model.sigma_data, torch.zeros_like(y[0]), count)
     target = flow.end(untuned(r_max, r_min, model.sigma_data, teacher_nfe), y, r_max)
     mean = target[:starts].mean(0)
     c = float((target[:starts] - mean).square().mean().sqrt())
-    flow = _Flow(model, shape, cond, rows, c, mean, count)
+    flow = _SchemeSolver(model, shape, cond, rows, c, mean, count)
     ticks.update()
 
     family = _Family(r_max, r_min, c, nfe, history)
@@ -127,7 +126,7 @@ def _tune(
 
     # what is claimed, on starts that nothing above has seen: against the rule as a user would get it
     held = slice(starts, total)
-    plain = _Flow(model, shape, cond, rows, model.sigma_data, torch.zeros_like(mean), count)
+    plain = _SchemeSolver(model, shape, cond, rows, model.sigma_data, torch.zeros_like(mean), count)
     before = _errors(plain.end(untuned(r_max, r_min, model.sigma_data, nfe), y[held], r_max, starts), target[held])
     after = _errors(flow.end(fitted, y[held], r_max, starts), target[held])
     gained = _gain_shown(before, after)
@@ -153,7 +152,7 @@ class _Count:
     rows = 0
 
 
-class _Flow:
+class _SchemeSolver:
     """The velocity of the module's coordinates on a model, and solves by schemes."""
 
     def __init__(self, model, shape, cond, rows, c: float, mean: Tensor, count: _Count):
@@ -180,7 +179,7 @@ class _Flow:
         x = (sde.alpha(t)[:, None] * (size[:, None] * u + self.mean)).reshape(-1, *self.shape)
         if next(model.parameters(), x).dtype != torch.float64:
             x = x.float()
-        cond = None if self.rows is None else take_rows(self.cond, self.rows[index])
+        cond = None if self.rows is None else conditions.take_rows(self.cond, self.rows[index])
         denoised, noise = (v.double().flatten(1) for v in model.predict(x, t, cond))
         self.count.rows += len(u)
         v = expand(c / size, noise) * noise - expand(r / (size * c), noise) * (denoised - self.mean)
@@ -246,7 +245,9 @@ class _Family:
         return Scheme(r, values[self.n : 2 * self.n].copy(), w)
 
 
-def _fit(family: _Family, flow: _Flow, y: Tensor, target: Tensor, iterations: int, jacobian: int, ticks: Any) -> Scheme:
+def _fit(
+    family: _Family, flow: _SchemeSolver, y: Tensor, target: Tensor, iterations: int, jacobian: int, ticks: Any
+) -> Scheme:
     """Levenberg-Marquardt with robust weights; the iterate with the best score on a quarter of the starts is kept."""
     part = len(y) // 4
     chosen, fit = slice(0, part), slice(part, None)
@@ -346,11 +347,3 @@ def _gain_shown(before: Tensor, after: Tensor) -> bool:
     """Whether the same trajectories end closer, by more than two standard errors of the mean difference."""
     difference = before.sqrt() - after.sqrt()
     return float(difference.mean()) > 2 * float(difference.std()) / math.sqrt(len(difference))
-
-
-def _rows_of(cond: Any) -> int:
-    """Rows of a condition: of the first tensor in it; 0 where there is none."""
-    if isinstance(cond, Tensor):
-        return cond.shape[0] if cond.dim() else 0
-    parts = cond.values() if isinstance(cond, dict) else cond if isinstance(cond, (tuple, list)) else ()
-    return next((n for n in map(_rows_of, parts) if n), 0)

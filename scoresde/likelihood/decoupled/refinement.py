@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import ode
-from scoresde.bound import network_dtype
-from scoresde.flow import take_rows
-from scoresde.likelihood.curve import Stretch
-from scoresde.likelihood.decoupled import Followed, Integral, Plan
+from scoresde import conditions, ode
+from scoresde.likelihood.decoupled.quadrature import FlowTrajectory, Integral, LikelihoodPlan
+from scoresde.likelihood.decoupled.trajectory import AngleWarp
 from scoresde.likelihood.divergence import Divergence, Exact
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
+from scoresde.models.prepared import network_dtype
 from scoresde.rng import Streams
 
 LARGE = 8192  # entries of a batch from which derivatives are taken in parts
@@ -30,7 +29,7 @@ NATS = 10.0
 PASSES = 4  # few, because a pass of few examples costs almost as much as one of many
 GROWTH = 2.25
 BLUR = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
-MEASURE = Stretch(0.03, 0.3)  # of estimated traces: places them about evenly in what their probes' noise contributes
+MEASURE = AngleWarp(0.03, 0.3)  # of estimated traces: places them about evenly in what their probes' noise contributes
 NODES = 36  # of the trajectory, where each point of the quadrature costs many products
 LEAST = 6  # independent estimates of the trace before their scatter is believed
 
@@ -49,7 +48,7 @@ class Refined:
     nfe: Tensor
     status: Tensor
     level: Tensor
-    plans: list[Plan]
+    plans: list[LikelihoodPlan]
 
     @classmethod
     def empty(cls, x: Tensor) -> Refined:
@@ -69,19 +68,19 @@ def tolerance_of(rtol: float, atol: float) -> float:
     return NATS * (rtol + atol)
 
 
-def default_plan(model: ScoreModel, tolerance: float, exact: bool) -> Plan:
+def default_plan(model: ScoreModel, tolerance: float, exact: bool) -> LikelihoodPlan:
     """Where refinement starts, by the tolerance in nats.
 
     With an exact trace as many nodes as points, so many that some four of five examples need no second pass (found on
     mixtures and on a learned network in 2D). An estimated trace costs many products a point and has noise that hides
     small errors: the points are few, the nodes many.
     """
-    stretch, digits = Stretch(*model.flow_scales), max(1.0, -math.log10(tolerance))
+    stretch, digits = AngleWarp(*model.flow_scales), max(1.0, -math.log10(tolerance))
     if not exact:
-        return Plan(stretch, NODES, MEASURE, 24)
+        return LikelihoodPlan(stretch, NODES, MEASURE, 24)
     smooth = model.flow_mismatch < 0.05
     points = round(12 + 9 * digits if smooth else 16 + 12 * digits)
-    return Plan(stretch, round(0.8 * points) if smooth else points, Stretch(*model.trace_scales), points)
+    return LikelihoodPlan(stretch, round(0.8 * points) if smooth else points, AngleWarp(*model.trace_scales), points)
 
 
 def refined(
@@ -93,7 +92,7 @@ def refined(
     tolerance: float,
     stderr: float | None,
     max_nfe: int,
-    plan: Plan | None,
+    plan: LikelihoodPlan | None,
     cond: Any,
 ) -> Refined:
     """The change of log density along the flow of x (B, *), each example to `tolerance` nats, and to `stderr` where given.
@@ -114,7 +113,7 @@ def refined(
     here = _within(whole, max_nfe)
     for level in range(PASSES):
         out.plans.append(here)
-        followed = Followed(model, x[rows], here, take_rows(cond, rows), rows)
+        followed = FlowTrajectory(model, x[rows], here, conditions.take_rows(cond, rows), rows)
         integral = _integral(followed, divergence, streams, rows, [level] if level else [])
         mean, error = mean_and_error(integral.change, exact)
         out.nfe[rows] += here.nfe
@@ -139,7 +138,7 @@ def refined(
 
 
 def _integral(
-    followed: Followed, divergence: Divergence, streams: Streams, rows: Tensor, key: Sequence[int], **options: Any
+    followed: FlowTrajectory, divergence: Divergence, streams: Streams, rows: Tensor, key: Sequence[int], **options: Any
 ) -> Integral:
     """`followed.integrate`, an eighth of a large batch at a time: its graphs hold what a forward evaluation lets go."""
     n = len(rows)
@@ -154,7 +153,7 @@ def _integral(
 
 def _more_rounds(
     out: Refined,
-    followed: Followed,
+    followed: FlowTrajectory,
     first: Integral,
     rows: Tensor,
     chosen: Tensor,
@@ -195,7 +194,7 @@ def retraced(
     for level, plan in enumerate(found.plans):
         rows = (found.level == level).nonzero().squeeze(1)
         if len(rows):
-            followed = Followed(model, x[rows], plan, take_rows(cond, rows), rows)
+            followed = FlowTrajectory(model, x[rows], plan, conditions.take_rows(cond, rows), rows)
             integral = _integral(followed, divergence, streams, rows, [level] if level else [], differentiable=True)
             parts.append(integral.change.mean(1))
             latents.append(followed.latent)
@@ -204,7 +203,7 @@ def retraced(
     return torch.cat(parts)[back], torch.cat(latents)[back]
 
 
-def _within(plan: Plan, max_nfe: int) -> Plan:
+def _within(plan: LikelihoodPlan, max_nfe: int) -> LikelihoodPlan:
     """The plan, thinned to a budget of evaluations (four at least)."""
     share = 1.0
     thin = plan

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.likelihood.density import LogProb
 from scoresde.likelihood.dequantization import warn_if_quantized
-from scoresde.likelihood.log_prob import LogProb
-from scoresde.model import ScoreModel, check_input
+from scoresde.models.base import ScoreModel, check_input
 from scoresde.modes import evaluating
 from scoresde.rng import RandomSource, Seed
 from scoresde.sde import sum_event

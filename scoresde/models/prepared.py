@@ -1,4 +1,4 @@
-r"""A model for the length of one solve: checks done, labels made and coefficients looked up once.
+r"""A model prepared for one solve: checks done, labels made and coefficients looked up once.
 
 Layer 2. A solve calls its model at a few known times. All that depends on time alone, the coefficients of the
 parameterization and the noise label, is computed before the first step, in float64, for all times at once; what is left
@@ -37,8 +37,8 @@ def denoiser_affine(sde: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return torch.zeros_like(t), torch.ones_like(t), 1 / sigma, -alpha / sigma
 
 
-class Bound:
-    """A `ScoreModel` bound to the shape and the times of one solve; it stands for the model in `Sampler.step`.
+class PreparedModel:
+    """A `ScoreModel` prepared for the shape and the times of one solve; it stands for the model in `Sampler.step`.
 
     Float times take the prepared path (others than `times` are added when they come). Tensors of times, and every
     attribute that is not defined here, go to the model itself.
@@ -51,12 +51,12 @@ class Bound:
         self.sigma_data = model.sigma_data
         self.batch_size, self.device = x.shape[0], x.device
         self.rows: dict[float, Row] = {}
-        self.prepare(times)
+        self.add_times(times)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def prepare(self, times: Tensor) -> None:
+    def add_times(self, times: Tensor) -> None:
         """Rows for float64 `times` (N,) on the CPU."""
         a, b, c, e = (v.tolist() for v in self.affine(times))
         points = times.tolist()
@@ -70,7 +70,7 @@ class Bound:
         """The row of time t."""
         row = self.rows.get(t)
         if row is None:
-            self.prepare(torch.tensor([t], dtype=torch.float64))
+            self.add_times(torch.tensor([t], dtype=torch.float64))
             row = self.rows[t]
         return row
 
@@ -87,7 +87,7 @@ class Bound:
         return network_result(self.model.denoise(x, t if isinstance(t, Tensor) else self.at(t).label, cond), x)
 
 
-class BoundNet(Bound):
+class PreparedNet(PreparedModel):
     """The same for a network called as net(scale x, label[, cond]), without the model's own checks in between."""
 
     def __init__(self, model: Any, x: Tensor, times: Tensor, *, compile: bool = False):

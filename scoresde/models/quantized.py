@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import checks
-from scoresde.bound import call_network
-from scoresde.model import ScoreModel
+from scoresde.models.base import ScoreModel
+from scoresde.models.prepared import call_network
 from scoresde.sde import SDE, expand
 
 _ROOT = 0.5**0.5

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.model import ScoreModel, require_model
+from scoresde.models.base import ScoreModel, require_model
 from scoresde.sde import expand
 
 

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.bound import BoundNet
 from scoresde.flow import AnglePath
-from scoresde.model import ScoreModel, ScoreNet
+from scoresde.models.base import ScoreModel
+from scoresde.models.network import ScoreNet
+from scoresde.models.prepared import PreparedNet
 
 Array = NDArray[np.float64]
 
@@ -35,7 +36,7 @@ DENSE = 5  # degree of the polynomials that interpolate the slopes
 
 
 @dataclass(frozen=True)
-class Stretch:
+class AngleWarp:
     """The variable s(theta) with resolutions `a` and `b` (radians) at the ends theta = 0 and pi/2."""
 
     a: float
@@ -65,7 +66,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuadratureRule:
     """Angles theta (N,) between the ends of a solve, with the weights dtheta that a sum over them takes."""
 
     theta: Array
@@ -73,7 +74,7 @@ class Grid:
 
 
 @functools.lru_cache(maxsize=64)
-def equispaced(stretch: Stretch, low: float, high: float, n: int) -> tuple[Array, float]:
+def equispaced(stretch: AngleWarp, low: float, high: float, n: int) -> tuple[Array, float]:
     """n angles equally spaced in s from low to high, and their spacing."""
     ends = stretch(np.array([low, high]))
     theta = stretch.inverse(np.linspace(*ends, n), low, high)
@@ -82,13 +83,13 @@ def equispaced(stretch: Stretch, low: float, high: float, n: int) -> tuple[Array
 
 
 @functools.lru_cache(maxsize=256)
-def gauss_legendre(stretch: Stretch, low: float, high: float, points: int) -> Grid:
+def gauss_legendre(stretch: AngleWarp, low: float, high: float, points: int) -> QuadratureRule:
     """Nodes and weights (for d theta) of the Gauss-Legendre rule in s."""
     ends = stretch(np.array([low, high]))
     z, w = np.polynomial.legendre.leggauss(points)
     half = 0.5 * float(ends[1] - ends[0])
     theta = stretch.inverse(half * (z + 1) + ends[0], low, high)
-    return Grid(theta, half * w / stretch.slope(theta))
+    return QuadratureRule(theta, half * w / stretch.slope(theta))
 
 
 class Field:
@@ -106,12 +107,12 @@ class Field:
         times = path.time(angles, *ends)
         self.times = times.tolist()
         self.angles = angles.to(u.device)
-        bound = model.bound(u, times)
-        plain = isinstance(bound, BoundNet) and type(model).predict is ScoreNet.predict
-        self.bound = bound if plain else None
+        prepared = model.prepare(u, times)
+        plain = isinstance(prepared, PreparedNet) and type(model).predict is ScoreNet.predict
+        self.prepared = prepared if plain else None
         self.p, self.r, self.scale = [0.0] * len(theta), [1.0] * len(theta), [1.0] * len(theta)
-        if self.bound is not None:
-            a, b, c, e = self.bound.affine(times)
+        if self.prepared is not None:
+            a, b, c, e = self.prepared.affine(times)
             cosine, sine, scale = torch.cos(angles), torch.sin(angles) / path.c, path.scale(times)
             self.p = (scale * (cosine * c - sine * a)).tolist()
             self.r = (cosine * e - sine * b).tolist()
@@ -119,8 +120,8 @@ class Field:
 
     def moving(self, u: Tensor, j: int) -> Tensor:
         """The part of f at node j that is not linear in u."""
-        if self.bound is not None:
-            return self.bound.output(u * self.scale[j], self.times[j], self.cond)
+        if self.prepared is not None:
+            return self.prepared.output(u * self.scale[j], self.times[j], self.cond)
         return self.path.velocity(self.model, u, self.angles[j].expand(u.shape[0]), self.ends, self.cond)
 
     def __call__(self, u: Tensor, j: int) -> Tensor:
@@ -129,14 +130,14 @@ class Field:
 
     def whole(self, u: Tensor, moving: Tensor, j: int) -> Tensor:
         """f from its moving part."""
-        return moving if self.bound is None else u * self.p[j] + moving * self.r[j]
+        return moving if self.prepared is None else u * self.p[j] + moving * self.r[j]
 
 
 @dataclass
 class Curve:
     """Slopes dU/dnode (n, B, *) at the nodes of `stretch`, from u (B, *) at angle `low` to `high`."""
 
-    stretch: Stretch
+    stretch: AngleWarp
     low: float
     high: float
     u: Tensor
@@ -161,7 +162,7 @@ class Curve:
         return self.u + torch.tensordot(self._matrix(dense(n, DENSE, (n - 1.0,))[0])[0], self.slopes, 1)
 
 
-def trace_curve(field: Field, stretch: Stretch, u: Tensor, theta: Array, spacing: float) -> Curve:
+def trace_curve(field: Field, stretch: AngleWarp, u: Tensor, theta: Array, spacing: float) -> Curve:
     """Follow the flow from u (B, *) through the angles theta (n,), equally spaced in s: `evaluations(n)` in all."""
     rates = (spacing / stretch.slope(theta)).tolist()
     slopes = [field(u, 0) * rates[0]]

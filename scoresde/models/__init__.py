@@ -1,0 +1,21 @@
+"""Models: the denoiser that everything else asks, and what is one."""
+
+from scoresde.models.base import ScoreModel, check_input, require_model
+from scoresde.models.mixture import DiffusedMixture, GaussianMixture
+from scoresde.models.network import PARAMETERIZATIONS, NoiseLabel, ScoreNet
+from scoresde.models.prepared import PreparedModel, PreparedNet
+from scoresde.models.quantized import QuantizedScoreNet
+
+__all__ = [
+    "PARAMETERIZATIONS",
+    "DiffusedMixture",
+    "GaussianMixture",
+    "NoiseLabel",
+    "PreparedModel",
+    "PreparedNet",
+    "QuantizedScoreNet",
+    "ScoreModel",
+    "ScoreNet",
+    "check_input",
+    "require_model",
+]
