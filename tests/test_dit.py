@@ -226,7 +226,7 @@ def test_published_sizes(width, depth, heads, published):
         ((5, 4), {}, "does not divide size"),
         ((4, 4), dict(patch=(2, 2, 2)), "one per axis"),
         ((4, 4), dict(heads=5), r"\(24\) must be a multiple of heads \(5\)"),
-        ((4, 4), dict(depth=0), "must be positive"),
+        ((4, 4), dict(depth=0), "depth must be at least 1, got 0"),
         ((4, 4), dict(width=18), "width that 4 divides"),
         ((4, 4), dict(width=6, positions="rotary"), "even number of channels per head"),
         ((4, 4), dict(positions="learned"), "unknown positions 'learned'; use one of sincos, rotary"),

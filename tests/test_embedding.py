@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from scoresde.nets import MLP, LeanUNet, UNet
+from scoresde.nets.conditioning import ConditionalEmbedding, Conditions
 from scoresde.nets.embedding import KINDS, NoiseEmbedding
 
 SMALL = dict(frequencies=6)
@@ -17,10 +18,22 @@ EACH = pytest.mark.parametrize("which", CONDITIONS)
 KIND = pytest.mark.parametrize("kind", KINDS)
 
 
+class Told(ConditionalEmbedding):
+    """The embedding together with what a network does first: reading the condition."""
+
+    def __init__(self, width, cond_dim=0, *, classes=0, drop_cond=0.0, null_class=True, **options):
+        conditions = Conditions(classes, cond_dim, drop=drop_cond, null_class=null_class)
+        super().__init__(width, conditions, **options)
+        self.conditions = conditions
+
+    def forward(self, label, cond=None):
+        return super().forward(label, self.conditions.read(cond, label, self.training))
+
+
 def embed(width=8, seed=0, **options):
     """An embedding with all parameters drawn anew, so that every part shows in the result."""
     torch.manual_seed(seed)
-    module = NoiseEmbedding(width, **(SMALL | options)).eval()
+    module = Told(width, **(SMALL | options)).eval()
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(std=0.4)
@@ -157,7 +170,7 @@ def test_dropping(which, join, soft):
     assert abs(float(is_none.float().mean()) - 0.3) < 0.03  # four standard deviations
     assert not torch.equal(module(label, cond), out)  # drawn anew in every pass
     torch.testing.assert_close(module(label), none)
-    module.drop_cond = 0.0
+    module.conditions.drop = 0.0
     torch.testing.assert_close(module(label, cond), kept)
 
 
@@ -181,7 +194,7 @@ def test_dropped_examples_teach_the_null_row_only():
     [
         (None, torch.zeros(5, 3), r"built without conditions \(cond_dim=0, classes=0\)"),
         (None, {}, "built without conditions"),
-        ("features", torch.zeros(5, 2), r"cond must have shape \(5, 3\) for this network, got \(5, 2\)"),
+        ("features", torch.zeros(5, 2), r"cond must have shape \(5, 3\) for the features, got \(5, 2\)"),
         ("features", torch.zeros(1, 3), r"cond must have shape \(5, 3\)"),
         ("features", torch.zeros(3), r"cond must have shape \(5, 3\)"),
         ("features", dict(classes=torch.zeros(5, dtype=torch.long)), "takes features only"),
@@ -226,7 +239,7 @@ def test_classes_out_of_range(label):
 def test_wrong_options(options, message):
     """Said when the embedding is built."""
     with pytest.raises(ValueError, match=message):
-        NoiseEmbedding(4, **options)
+        Told(4, **options)
 
 
 @JOIN
@@ -317,7 +330,7 @@ def test_networks_tell_each_example_what_is_its_own(name):
     for changed in (net(x, label + 0.3, cond), none, *others):
         moved = (changed - out).detach().abs().flatten(1).amax(1)
         assert float(moved[[0, 2]].min()) > 1e-4
-    net.embed.drop_cond = 0.5
+    net.conditions.drop = 0.5
     torch.manual_seed(0)
     dropped = torch.rand(3) < 0.5
     assert 0 < int(dropped.sum()) < 3
@@ -328,7 +341,7 @@ def test_networks_tell_each_example_what_is_its_own(name):
 
 def test_conditions_that_are_no_tensors_or_out_of_range():
     """Lists, numbers, booleans and labels beyond the classes are refused in words."""
-    net = NoiseEmbedding(8, classes=5).eval()
+    net = Told(8, classes=5).eval()
     label = torch.zeros(2)
     for bad in ([0, 1], 3, "one"):
         with pytest.raises(TypeError, match="tensors"):
@@ -344,4 +357,4 @@ def test_conditions_that_are_no_tensors_or_out_of_range():
     with pytest.raises(ValueError, match=r"shape \(B,\)"):
         net(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="at least"):
-        NoiseEmbedding(8, classes=-1)
+        Conditions(classes=-1)

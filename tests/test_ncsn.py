@@ -168,7 +168,7 @@ def test_sizes_and_rebuilding():
         (dict(dilations=(1, 1)), "one entry for each"),
         (dict(multipliers=(1, 2, 2, 4)), "last two multipliers"),
         (dict(width=1), "two channels"),
-        (dict(steps=-1), "steps must not be negative"),
+        (dict(steps=-1), "steps must be at least 0, got -1"),
         (dict(size=(8,)), "two spatial axes"),
         (dict(size=(2, 8)), "4 at least"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,25 +11,12 @@ from torch import Tensor, nn
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def tuples(**options: Any) -> list[tuple]:
-    """Each option as a tuple. Raises `TypeError` that names one which is a single number."""
-    for name, value in options.items():
-        if not isinstance(value, (tuple, list)):
-            raise TypeError(f"{name} must be a tuple, one number for each axis or resolution, got {value!r}.")
-    return [tuple(v) for v in options.values()]
-
-
-def arguments(scope: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments from its `locals()`, lists as tuples: the configuration that rebuilds a network."""
-    own = {k: v for k, v in scope.items() if k not in ("self", "__class__")}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-
-
 def check_input(x: Tensor, label: Tensor, rank: int, channels: int) -> None:
     """`ValueError` unless x is (B, channels, *) with `rank` spatial axes and label (B,); nothing is broadcast."""
     if x.dim() != rank + 2 or x.shape[1] != channels or label.shape[:1] != x.shape[:1]:
+        wanted = ", ".join(["B", str(channels), *"*" * rank])
         raise ValueError(
-            f"this network takes x of shape (B, {channels}, {', '.join('*' * rank)}) and labels of shape (B,), got "
+            f"this network takes x of shape ({wanted}) and labels of shape (B,), got "
             f"{tuple(x.shape)} and {tuple(label.shape)}."
         )
 
@@ -138,11 +124,11 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
-        told = spread(self.modulate(embedding), h)
+        modulation = spread(self.modulate(embedding), h)
         if self.scale_shift:
-            scale, shift = told.chunk(2, 1)
+            scale, shift = modulation.chunk(2, 1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + told)
+            h = self.norm2(h + modulation)
         h = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
         return h if self.gain is None else h * self.gain

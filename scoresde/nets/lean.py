@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, arguments, tuples, zero_
-from scoresde.nets.embedding import NoiseEmbedding
+from scoresde.nets.blocks import CONV, check_input, spread, zero_
+from scoresde.nets.conditioning import ConditionalEmbedding, Conditions
+from scoresde.nets.options import arguments
+from scoresde.nets.resample import check_padding, crop, pad_to_multiple
 
+MOST_BLOCKS = 512
 UP_CONV = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
@@ -32,7 +35,7 @@ class LeanBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulate(embedding).reshape(x.shape[0], -1, *(1,) * (x.dim() - 2)).chunk(2, 1)
+        scale, shift = spread(self.modulate(embedding), x).chunk(2, 1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         return self.skip(x) + self.conv2(self.dropout(h))
 
@@ -82,14 +85,17 @@ class LeanUNet(nn.Module):
 
     Arguments:
         in_channels, out_channels: of the data as the network sees them.
-        size: spatial shape, for example (8, 8); it fixes the position maps and must halve len(channels) - 1 times.
+        size: spatial shape of all inputs, for example (8, 8); it must halve len(channels) - 1 times unless `pad` is set.
         channels: width at each resolution, finest first.
         blocks: residual blocks at each resolution; all but the coarsest have them on the way down and up again.
         attention: put one attention block in the middle of the coarsest resolution.
         positions: channels of a learned map that is appended to the input.
         embedding: width of the noise embedding.
-        cond_dim, classes, drop_cond: conditions, see `NoiseEmbedding`.
+        cond_dim, classes, numbers, tokens, pooled, spatial, drop_cond: the conditions that the network takes (`cond_dim` is
+            the number of features), see `Conditions`.
         dropout: probability, in every block.
+        pad: surround x (and the spatial condition) by zeros up to the next size that halves, and crop the result; the position
+            maps are those of the padded size.
 
     `forward(x, label, cond=None)`: x (B, in_channels, *size), label (B,) -> (B, out_channels, *size). The output layer
     starts at zero. `config` holds the arguments, to save the network by.
@@ -108,33 +114,34 @@ class LeanUNet(nn.Module):
         embedding: int = 128,
         cond_dim: int = 0,
         classes: int = 0,
-        drop_cond: float = 0.0,
+        numbers: int = 0,
+        tokens: int = 0,
+        pooled: int = 0,
+        spatial: int = 0,
+        drop_cond: float | Mapping[str, float] = 0.0,
         dropout: float = 0.1,
+        pad: bool = False,
     ):
-        given = arguments(locals())
+        given = arguments(locals(), blocks=(0, MOST_BLOCKS))
         super().__init__()
         self.config = given
-        size, channels, blocks = tuples(size=size, channels=channels, blocks=blocks)
-        rank, halvings = len(size), len(channels) - 1
-        if rank not in CONV:
-            raise ValueError(f"size must have 1, 2 or 3 spatial axes, got {size}.")
-        if len(blocks) != len(channels) or not channels:
-            raise ValueError(f"channels and blocks must have one entry per resolution, got {channels} and {blocks}.")
-        if any(n % 2**halvings for n in size):
-            raise ValueError(f"size {size} cannot be halved {halvings} times; use fewer resolutions or pad the data.")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
+        size, channels, blocks = given["size"], given["channels"], given["blocks"]
+        _check(size, channels, blocks, pad)
+        rank, factor = len(size), 2 ** (len(channels) - 1)
+        padded = [n + -n % factor for n in size]
+        self.size, self.factor, self.pad = size, factor, pad
         conv = CONV[rank]
-        self.embed = NoiseEmbedding(embedding, cond_dim, classes=classes, drop_cond=drop_cond)
-        self.position_map = nn.Parameter(0.1 * torch.randn(1, positions, *size)) if positions else None
-        self.enter = conv(in_channels + positions, channels[0], 3, padding=1)
+        self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, spatial, given["drop_cond"])
+        self.embed = ConditionalEmbedding(embedding, self.conditions)
+        self.position_map = nn.Parameter(0.1 * torch.randn(1, positions, *padded)) if positions else None
+        self.enter = conv(in_channels + spatial + positions, channels[0], 3, padding=1)
         block = lambda c_in, c_out: LeanBlock(rank, c_in, c_out, embedding, dropout)  # noqa: E731
         fine = list(zip(channels[:-1], channels[1:], blocks[:-1], strict=True))
         self.down = nn.ModuleList(nn.ModuleList(block(c, c) for _ in range(n)) for c, _, n in fine)
         self.shrink = nn.ModuleList(conv(c, wider, 2, stride=2) for c, wider, _ in fine)
         middle: list[nn.Module] = [block(channels[-1], channels[-1]) for _ in range(blocks[-1])]
         if attention:
-            coarse = math.prod(n // 2**halvings for n in size)
+            coarse = math.prod(n // factor for n in padded)
             middle.insert(len(middle) // 2, AttentionBlock(channels[-1], embedding, coarse, dropout))
         self.middle = nn.ModuleList(middle)
         self.grow = nn.ModuleList(UP_CONV[rank](wider, c, 2, stride=2) for c, wider, _ in fine)
@@ -145,7 +152,11 @@ class LeanUNet(nn.Module):
         self.leave = zero_(conv(channels[0], out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
-        embedding = self.embed(label, cond)
+        check_input(x, label, len(self.size), self.config["in_channels"])
+        size = self._check_size(x)
+        parts = self.conditions.read(cond, x, self.training)
+        embedding = self.embed(label, parts)
+        x = pad_to_multiple(parts.beside(x), (self.factor,) * len(size))
         if self.position_map is not None:
             x = torch.cat([x, self.position_map.expand(x.shape[0], *self.position_map.shape[1:])], 1)
         h = self.enter(x)
@@ -161,4 +172,32 @@ class LeanUNet(nn.Module):
             h = torch.cat([skips.pop(), grow(h)], 1)
             for block in stage:
                 h = block(h, embedding)
-        return self.leave(F.silu(self.norm(h)))
+        return crop(self.leave(F.silu(self.norm(h))), size)
+
+    def _check_size(self, x: Tensor) -> tuple[int, ...]:
+        """The spatial size of x, if the network takes it."""
+        size = tuple(x.shape[2:])
+        if size != self.size and (self.position_map is not None or self.config["attention"]):
+            raise ValueError(
+                f"the position maps and attention of this network are those of size {self.size}, got {size}."
+            )
+        if not self.pad and any(n % self.factor for n in size):
+            raise ValueError(
+                f"every spatial axis must be a multiple of {self.factor}, got {size}; or build it with pad=True."
+            )
+        return size
+
+
+def _check(size: tuple[int, ...], channels: tuple[int, ...], blocks: tuple[int, ...], pad: bool) -> None:
+    halvings = len(channels) - 1
+    if len(size) not in CONV:
+        raise ValueError(f"size must have 1, 2 or 3 spatial axes, got {size}.")
+    if len(blocks) != len(channels) or not channels:
+        raise ValueError(f"channels and blocks must have one entry per resolution, got {channels} and {blocks}.")
+    if sum(blocks) > MOST_BLOCKS:
+        raise ValueError(f"blocks must be at most {MOST_BLOCKS} together, got {blocks}.")
+    if not pad and any(n % 2**halvings for n in size):
+        raise ValueError(
+            f"size {size} cannot be halved {halvings} times; use fewer resolutions, or pad=True to pad inside the network."
+        )
+    check_padding(size, halvings)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import arguments, zero_
-from scoresde.nets.embedding import NoiseEmbedding
+from scoresde.nets.blocks import check_input, zero_
+from scoresde.nets.conditioning import ConditionalEmbedding, Conditions
+from scoresde.nets.options import arguments
 
 
 class MLP(nn.Module):
     """Residual perceptron: `forward(x, label, cond=None)`, x (B, dim), label (B,) -> (B, dim).
 
     Each of the `depth` blocks is norm, modulation by the noise embedding, two layers of `width`; the output layer
-    starts at zero. `features` is the kind of noise features, "sinusoidal", "positional" or "fourier"; with `fourier_scale`,
-    `cond_dim`, `classes` and `drop_cond` it is what `NoiseEmbedding` says. `config` holds the arguments.
+    starts at zero. `features` is the kind of noise features, "sinusoidal", "positional" or "fourier", see `NoiseEmbedding`;
+    `cond_dim` (the number of features), `classes`, `numbers`, `tokens`, `pooled` and `drop_cond` are the conditions, see
+    `Conditions`. `config` holds the arguments.
     """
 
     def __init__(
@@ -31,15 +34,17 @@ class MLP(nn.Module):
         fourier_scale: float = 1.0,
         cond_dim: int = 0,
         classes: int = 0,
-        drop_cond: float = 0.0,
+        numbers: int = 0,
+        tokens: int = 0,
+        pooled: int = 0,
+        drop_cond: float | Mapping[str, float] = 0.0,
         dropout: float = 0.0,
     ):
         given = arguments(locals())
         super().__init__()
         self.config = given
-        self.embed = NoiseEmbedding(
-            embedding, cond_dim, classes=classes, drop_cond=drop_cond, kind=features, scale=fourier_scale
-        )
+        self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, drop=given["drop_cond"])
+        self.embed = ConditionalEmbedding(embedding, self.conditions, kind=features, scale=fourier_scale)
         self.enter = nn.Linear(dim, width)
         self.norm = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))
         self.modulate = nn.ModuleList(nn.Linear(embedding, 2 * width) for _ in range(depth))
@@ -49,7 +54,8 @@ class MLP(nn.Module):
         self.leave = zero_(nn.Linear(width, dim))
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
-        embedding = self.embed(label, cond)
+        check_input(x, label, 0, self.config["dim"])
+        embedding = self.embed(label, self.conditions.read(cond, x, self.training))
         h = self.enter(x)
         for norm, modulate, first, second in zip(self.norm, self.modulate, self.first, self.second, strict=True):
             scale, shift = modulate(embedding).chunk(2, 1)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import arguments, check_input, spread
+from scoresde.nets.blocks import check_input, spread
+from scoresde.nets.options import LIMITS, arguments, choices
+from scoresde.nets.resample import crop, pad_to_multiple
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -156,6 +158,7 @@ class RefineNet(nn.Module):
         pool: "max" or "mean", over 5 x 5 pixels, in the refinements.
         steps: noise levels, each with norms of its own; 0 for a network that is not told the level.
         rescale_input: the data lie in [0, 1] and the network sees 2 x - 1.
+        pad: surround x by zeros up to the next size that can be halved as often, and crop the result.
 
     Raises `ValueError` for options that do not fit each other or the size.
     """
@@ -172,12 +175,14 @@ class RefineNet(nn.Module):
         pool: str = "max",
         steps: int = 0,
         rescale_input: bool = False,
+        pad: bool = False,
     ):
         given = arguments(locals())
         super().__init__()
         self.config = given
-        _check(**self.config)
-        self.steps, self.rescale_input = steps, rescale_input
+        _check(**given)
+        size, multipliers, dilations = given["size"], given["multipliers"], given["dilations"]
+        self.steps, self.rescale_input, self.pad = steps, rescale_input, pad
         self.factor = 2 ** sum(d == 1 for d in dilations[1:])
         self._check_size(size)
         widths = [width * m for m in multipliers]
@@ -205,7 +210,9 @@ class RefineNet(nn.Module):
         self._check_size(x.shape[2:])
         # clamped, since a row that is not there would be an error that a GPU reports late and never recovers from
         index = label.round().long().clamp(0, self.steps - 1) if self.steps else None
-        h = self.enter(2 * x - 1 if self.rescale_input else x)
+        size = x.shape[2:]
+        x = pad_to_multiple(2 * x - 1 if self.rescale_input else x, (self.factor,) * 2)
+        h = self.enter(x)
         kept: list[Tensor] = []
         for stage in self.down:
             h = _through(stage, h, index)
@@ -213,13 +220,14 @@ class RefineNet(nn.Module):
         h = self.up[0]([kept.pop()], index)
         for refine in self.up[1:]:
             h = refine([kept.pop(), h], index)
-        return self.leave(h, index)
+        return crop(self.leave(h, index), size)
 
     def _check_size(self, size: Sequence[int]) -> None:
-        if len(size) != 2 or any(n % self.factor or n < 2 * self.factor for n in size):
+        uneven = not self.pad and any(n % self.factor for n in size)
+        if len(size) != 2 or uneven or any(n + -n % self.factor < 2 * self.factor for n in size):
             raise ValueError(
                 f"this network halves images {self.factor.bit_length() - 1} times: it needs two spatial axes that are "
-                f"multiples of {self.factor}, {2 * self.factor} at least; got {tuple(size)}."
+                f"multiples of {self.factor} (or pad=True), {2 * self.factor} at least; got {tuple(size)}."
             )
 
 
@@ -229,10 +237,8 @@ def _through(blocks: Iterable[nn.Module], h: Tensor, index: Tensor | None) -> Te
     return h
 
 
-def _check(width: int, multipliers: tuple, dilations: tuple, activation: str, pool: str, steps: int, **_: Any) -> None:
-    for name, value, choices in (("activation", activation, ACTIVATIONS), ("pool", pool, POOLS)):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(choices)}.")
+def _check(width: int, multipliers: Sequence[int], dilations: Sequence[int], **given: Any) -> None:
+    choices(given, activation=tuple(ACTIVATIONS), pool=tuple(POOLS))
     if len(multipliers) < 2 or len(multipliers) != len(dilations):
         raise ValueError(
             f"multipliers and dilations must have one entry for each of two stages or more, got {multipliers} and "
@@ -240,10 +246,9 @@ def _check(width: int, multipliers: tuple, dilations: tuple, activation: str, po
         )
     if multipliers[-1] != multipliers[-2]:  # the coarsest refinement has no layer that could change the channels
         raise ValueError(f"the last two multipliers must be equal, got {multipliers}.")
-    if width * min(multipliers) < 2 or min(dilations) < 1:
+    if width * min(multipliers) < 2:
+        raise ValueError(f"every stage needs two channels at least, got width={width}, multipliers={multipliers}.")
+    if width * max(multipliers) > LIMITS["width"][1]:
         raise ValueError(
-            f"every stage needs two channels and a dilation of 1 at least, got width={width}, multipliers={multipliers}, "
-            f"dilations={dilations}."
+            f"width={width}, multipliers={multipliers}: a stage has at most {LIMITS['width'][1]} channels."
         )
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}.")

@@ -25,6 +25,34 @@ _UP = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
+def pad_to_multiple(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """x (B, c, *) with zeros around it, each spatial axis the next multiple of its factor; `crop` undoes it.
+
+    Zeros are what convolutions see beyond an edge in any case, and exist at every size (a reflection needs an axis longer
+    than itself). Linear in x, so the derivatives of a network with padding and cropping are those of a map of x's own shape.
+    """
+    missing = [-n % f for n, f in zip(x.shape[2:], factors, strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, [part for m in reversed(missing) for part in (m // 2, m - m // 2)])
+
+
+def check_padding(size: Sequence[int], halvings: int) -> None:
+    """`ValueError` where padding to what can be halved so often would more than double an axis."""
+    if any(n <= 2 ** (halvings - 1) for n in size):
+        raise ValueError(
+            f"{halvings} halvings of size {tuple(size)} would more than double it by padding; use fewer resolutions."
+        )
+
+
+def crop(y: Tensor, size: Sequence[int]) -> Tensor:
+    """The middle of y (B, c, *), of spatial size `size`."""
+    for axis, n in enumerate(size, start=2):
+        if y.shape[axis] != n:
+            y = y.narrow(axis, (y.shape[axis] - n) // 2, n)
+    return y
+
+
 class _Filter(nn.Module):
     """Depthwise convolution with the outer power of the taps."""
 
