@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Layer = TypeVar("Layer", bound=nn.Linear | _ConvNd)
+CONV: dict[int, Callable[..., _ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def check_input(x: Tensor, label: Tensor, rank: int, channels: int) -> None:
@@ -21,7 +24,7 @@ def check_input(x: Tensor, label: Tensor, rank: int, channels: int) -> None:
         )
 
 
-def zero_(module: nn.Module) -> nn.Module:
+def zero_(module: Layer) -> Layer:
     """The module with weight and bias at zero, so that its block starts as the identity."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -29,7 +32,7 @@ def zero_(module: nn.Module) -> nn.Module:
     return module
 
 
-def xavier_(module: nn.Module) -> nn.Module:
+def xavier_(module: Layer) -> Layer:
     """The module with uniform weights of variance 2 / (fan in + fan out) and no bias (Ho et al. 2020)."""
     nn.init.xavier_uniform_(module.weight)
     if module.bias is not None:
@@ -40,6 +43,13 @@ def xavier_(module: nn.Module) -> nn.Module:
 def spread(features: Tensor, x: Tensor) -> Tensor:
     """(B, c) in the shape that adds to x (B, c, *)."""
     return features.reshape(*features.shape, *(1,) * (x.dim() - 2))
+
+
+def through(blocks: nn.Module, h: Tensor, *told: Tensor | None) -> Tensor:
+    """h after one block after the other, each called with it and with `told`."""
+    for block in blocks.children():
+        h = block(h, *told)
+    return h
 
 
 def transforming() -> bool:

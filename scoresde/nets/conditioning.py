@@ -153,6 +153,7 @@ class Conditions:
                 self._check_classes(value, batch)
                 continue
             length = value.shape[1] if value.dim() > 1 else 1
+            wanted: tuple[int, ...]
             if kind == "mask":
                 wanted = (batch, found["tokens"].shape[1] if "tokens" in found else length)
             elif kind == "tokens":

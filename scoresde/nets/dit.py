@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,10 +81,10 @@ class DiT(nn.Module):
         given = arguments(locals())
         super().__init__()
         self.config = given
-        size, patch = given["size"], given["patch"]
-        patch = (patch,) * len(size) if isinstance(patch, int) else patch
-        grid = _check(given, size, patch)
-        self.size, self.patch, self.heads, self.pad = size, patch, heads, pad
+        self.size: tuple[int, ...] = given["size"]
+        self.patch: tuple[int, ...] = (given["patch"],) * len(size) if isinstance(patch, int) else given["patch"]
+        grid = _check(given, self.patch)
+        self.heads, self.pad = heads, pad
         self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, spatial, given["drop_cond"])
 
         def embed() -> ConditionalEmbedding:
@@ -93,14 +94,13 @@ class DiT(nn.Module):
             return _as_published(own)
 
         self.embed = embed() if shared_embedding else nn.ModuleList(embed() for _ in range(depth))
-        self.enter = CONV[len(size)](in_channels + spatial, width, patch, stride=patch)
+        self.enter = zero_(CONV[len(size)](in_channels + spatial, width, self.patch, stride=self.patch))
         nn.init.xavier_uniform_(self.enter.weight.flatten(1))  # as the linear layer that it is
-        nn.init.zeros_(self.enter.bias)
         table = _sincos(grid, width) if positions == "sincos" else None
         self.register_buffer("positions", table, persistent=False)  # follows from the arguments
         self.blocks = nn.ModuleList(_Block(width, heads, mlp_ratio, dropout, mlp_eps) for _ in range(depth))
         self.modulate = zero_(nn.Linear(width, 2 * width))
-        self.leave = zero_(nn.Linear(width, math.prod(patch) * out_channels))
+        self.leave = zero_(nn.Linear(width, math.prod(self.patch) * out_channels))
 
     def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
         check_input(x, label, len(self.size), self.config["in_channels"])
@@ -201,10 +201,10 @@ def _sincos(grid: Sequence[int], width: int) -> Tensor:
     """(n, width): for each axis, the last first, sines and then cosines of the coordinate at geometric frequencies."""
     if torch.get_default_device().type == "meta":
         return torch.empty(math.prod(grid), width)
+    count = functools.partial(torch.arange, dtype=torch.float64, device="cpu")  # for devices without float64
     pairs = width // (2 * len(grid))
-    wide = dict(dtype=torch.float64, device="cpu")  # for devices without float64
-    omega = 10000 ** -(torch.arange(pairs, **wide) / pairs)
-    axes = torch.meshgrid(*(torch.arange(n, **wide) for n in grid), indexing="ij")
+    omega = 10000 ** -(count(pairs) / pairs)
+    axes = torch.meshgrid(*(count(n) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in reversed(axes)]
     table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], 1)
     return table.float().to(torch.get_default_device())
@@ -231,9 +231,10 @@ def _rotated(u: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(u.dtype)
 
 
-def _check(given: dict[str, Any], size: tuple[int, ...], patch: tuple[int, ...]) -> list[int]:
+def _check(given: dict[str, Any], patch: tuple[int, ...]) -> list[int]:
     """Patches along each axis; `ValueError` for options that do not fit each other."""
-    rank, width, heads = len(size), given["width"], given["heads"]
+    size, width, heads = given["size"], given["width"], given["heads"]
+    rank = len(size)
     if rank not in CONV:
         raise ValueError(f"size must have 1, 2 or 3 spatial axes, got {size}.")
     if len(patch) != rank:

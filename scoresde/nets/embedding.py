@@ -26,6 +26,8 @@ class NoiseEmbedding(nn.Module):
     Raises `ValueError` for an unknown kind, and for a label of another shape.
     """
 
+    frequencies: Tensor
+
     def __init__(self, width: int, frequencies: int = 16, *, kind: str = "sinusoidal", scale: float = 16.0):
         super().__init__()
         if kind not in KINDS:

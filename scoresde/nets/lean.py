@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import CONV, check_input, spread, zero_
+from scoresde.nets.blocks import CONV, check_input, spread, through, zero_
 from scoresde.nets.conditioning import ConditionalEmbedding, Conditions
 from scoresde.nets.options import arguments
 from scoresde.nets.resample import check_padding, crop, pad_to_multiple
@@ -125,11 +125,10 @@ class LeanUNet(nn.Module):
         given = arguments(locals(), blocks=(0, MOST_BLOCKS))
         super().__init__()
         self.config = given
-        size, channels, blocks = given["size"], given["channels"], given["blocks"]
-        _check(size, channels, blocks, pad)
+        _check(given["size"], given["channels"], given["blocks"], pad)
         rank, factor = len(size), 2 ** (len(channels) - 1)
         padded = [n + -n % factor for n in size]
-        self.size, self.factor, self.pad = size, factor, pad
+        self.size, self.factor, self.pad = given["size"], factor, pad
         conv = CONV[rank]
         self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, spatial, given["drop_cond"])
         self.embed = ConditionalEmbedding(embedding, self.conditions)
@@ -162,16 +161,12 @@ class LeanUNet(nn.Module):
         h = self.enter(x)
         skips = []
         for stage, shrink in zip(self.down, self.shrink, strict=True):
-            for block in stage:
-                h = block(h, embedding)
+            h = through(stage, h, embedding)
             skips.append(h)
             h = shrink(h)
-        for block in self.middle:
-            h = block(h, embedding)
+        h = through(self.middle, h, embedding)
         for stage, grow in zip(reversed(self.up), reversed(self.grow), strict=True):
-            h = torch.cat([skips.pop(), grow(h)], 1)
-            for block in stage:
-                h = block(h, embedding)
+            h = through(stage, torch.cat([skips.pop(), grow(h)], 1), embedding)
         return crop(self.leave(F.silu(self.norm(h))), size)
 
     def _check_size(self, x: Tensor) -> tuple[int, ...]:

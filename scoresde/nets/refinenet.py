@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.nets.blocks import check_input, spread
+from scoresde.nets.blocks import check_input, spread, through
 from scoresde.nets.options import LIMITS, arguments, choices
 from scoresde.nets.resample import crop, pad_to_multiple
 
@@ -121,7 +121,7 @@ class Refine(nn.Module):
         self.act = act
 
     def forward(self, inputs: Sequence[Tensor], index: Tensor | None) -> Tensor:
-        adapted = [_through(units, x, index) for units, x in zip(self.adapt, inputs, strict=True)]
+        adapted = [through(units, x, index) for units, x in zip(self.adapt, inputs, strict=True)]
         h = adapted[0]
         if self.join is not None:
             near, far = (layer(x, index) for layer, x in zip(self.join, adapted, strict=True))
@@ -132,7 +132,7 @@ class Refine(nn.Module):
         for layer in self.chain:
             path = layer(path, index)
             h = h + path
-        return _through(self.units, h, index)
+        return through(self.units, h, index)
 
 
 class RefineNet(nn.Module):
@@ -194,7 +194,8 @@ class RefineNet(nn.Module):
         for i, (c, dilation) in enumerate(zip(widths, dilations, strict=True)):
             first = Residual(widths[max(i - 1, 0)], c, layer, dilation=dilation, enters=i > 0)
             self.down.append(nn.ModuleList([first, Residual(c, c, layer, dilation=dilation)]))
-        self.up, above = nn.ModuleList(), []
+        self.up = nn.ModuleList()
+        above: list[int] = []
         for i in reversed(range(len(widths))):
             c_out = widths[max(i - 1, 0)]
             # the refinements are normed only where the norms tell the noise level
@@ -215,7 +216,7 @@ class RefineNet(nn.Module):
         h = self.enter(x)
         kept: list[Tensor] = []
         for stage in self.down:
-            h = _through(stage, h, index)
+            h = through(stage, h, index)
             kept.append(h)
         h = self.up[0]([kept.pop()], index)
         for refine in self.up[1:]:
@@ -229,12 +230,6 @@ class RefineNet(nn.Module):
                 f"this network halves images {self.factor.bit_length() - 1} times: it needs two spatial axes that are "
                 f"multiples of {self.factor} (or pad=True), {2 * self.factor} at least; got {tuple(size)}."
             )
-
-
-def _through(blocks: Iterable[nn.Module], h: Tensor, index: Tensor | None) -> Tensor:
-    for block in blocks:
-        h = block(h, index)
-    return h
 
 
 def _check(width: int, multipliers: Sequence[int], dilations: Sequence[int], **given: Any) -> None:

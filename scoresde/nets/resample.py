@@ -56,6 +56,8 @@ def crop(y: Tensor, size: Sequence[int]) -> Tensor:
 class _Filter(nn.Module):
     """Depthwise convolution with the outer power of the taps."""
 
+    kernel: Tensor
+
     def __init__(self, rank: int, taps: Sequence[float]):
         super().__init__()
         taps = tuple(float(v) for v in taps)

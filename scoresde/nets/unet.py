@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from scoresde.nets.blocks import CONV, check_input, xavier_
@@ -146,28 +145,16 @@ class UNet(nn.Module):
         x = parts.beside(2 * x - 1 if self.rescale_input else x)
         if self.pad:
             x = pad_to_multiple(x, (self.factor,) * self.rank)
-        image, h = x, self.enter(x)
-        skips = [h]
+        h = self.enter(x)
+        image, skips = x, [h]
         for stage in self.down:
-            for block, attention in zip(stage.blocks, stage.attention, strict=True):
-                h = attention(block(h, embedding))
-                skips.append(h)
-            if stage.resample is not None:
-                h = stage.resample(h, embedding)
-                if stage.pyramid is not None:
-                    image, h = stage.pyramid(image, h)
-                skips.append(h)
+            image, h = stage(image, h, embedding, skips)
         first, attention, second = self.middle
         h = second(attention(first(h, embedding)), embedding)
-        image = None
+        result: Any = None  # of the progressive output
         for stage in self.up:
-            for block, attention in zip(stage.blocks, stage.attention, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], 1), embedding))
-            if stage.pyramid is not None:
-                image, h = stage.pyramid(image, h)
-            if stage.resample is not None:
-                h = stage.resample(h, embedding)
-        return crop(image if self.leave is None else self.leave(h), size)
+            result, h = stage(result, h, embedding, skips)
+        return crop(result if self.leave is None else self.leave(h), size)
 
 
 def _check(given: dict[str, Any]) -> list[int]:

@@ -19,7 +19,8 @@ Norm = Callable[[int], nn.Module]
 class Stage(nn.Module):
     """One resolution of one way: residual blocks, each followed by attention or nothing, and what leads to the next.
 
-    `resample` goes to the next resolution, `pyramid` joins the progressive image there (see `UNet`).
+    `resample` goes to the next resolution, `pyramid` joins the progressive image there (see `UNet`). Both ways take the image,
+    the features h, the noise embedding and the list of skip connections, and give the image and the features.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,36 @@ class Stage(nn.Module):
         self.attention = nn.ModuleList()
         self.pyramid: nn.Module | None = None
         self.resample: nn.Module | None = None
+
+
+class DownStage(Stage):
+    """On the way down: the result of every block, and of the resampling, is kept for the way up."""
+
+    def forward(self, image: Tensor, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            h = attention(block(h, embedding))
+            skips.append(h)
+        if self.resample is not None:
+            h = self.resample(h, embedding)
+            if self.pyramid is not None:
+                image, h = self.pyramid(image, h)
+            skips.append(h)
+        return image, h
+
+
+class UpStage(Stage):
+    """On the way up: every block is given the features beside what the way down kept last."""
+
+    def forward(
+        self, image: Tensor | None, h: Tensor, embedding: Tensor, skips: list[Tensor]
+    ) -> tuple[Tensor | None, Tensor]:
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            h = attention(block(torch.cat([h, skips.pop()], 1), embedding))
+        if self.pyramid is not None:
+            image, h = self.pyramid(image, h)
+        if self.resample is not None:
+            h = self.resample(h, embedding)
+        return image, h
 
 
 class Layers:
@@ -93,7 +124,7 @@ def encoder(layers: Layers) -> tuple[nn.ModuleList, list[int]]:
     stages, c, c_image = nn.ModuleList(), options["width"], layers.c_image
     skips = [c]
     for i, width in enumerate(layers.widths):
-        stage = Stage()
+        stage = DownStage()
         for _ in range(options["blocks"]):
             stage.blocks.append(layers.block(c_in=c, c_out=width))
             c = width
@@ -124,12 +155,13 @@ def decoder(layers: Layers, skips: list[int]) -> nn.ModuleList:
     options, last = layers.options, len(layers.widths) - 1
     stages, c, c_image, skips = nn.ModuleList(), skips[-1], 0, list(skips)
     for i in reversed(range(len(layers.widths))):
-        stage = Stage()
+        stage = UpStage()
         for k in range(options["blocks"] + 1):
             joined = c + skips.pop()
-            stage.blocks.append(layers.block(c_in=joined, c_out=layers.widths[i]))
+            block = layers.block(c_in=joined, c_out=layers.widths[i])
             if layers.attends(i):
-                stage.blocks[-1].norm1 = layers.attention_norm(joined)
+                block.norm1 = layers.attention_norm(joined)
+            stage.blocks.append(block)
             c = layers.widths[i]
             here = layers.attends(i) and (options["attention_up"] == "all" or k == options["blocks"])
             stage.attention.append(layers.attention(c, layers.attention_norm) if here else nn.Identity())
@@ -201,7 +233,7 @@ class ResidualOutput(nn.Module):
     def __init__(self, rank: int, c_image: int, c: int, norm: Norm, taps: Sequence[float] | None, rescale: bool):
         super().__init__()
         self.up = ConvUp(rank, c_image, c, taps) if c_image else None
-        self.head = None if c_image else Head(rank, c, c, norm)
+        self.head = nn.Identity() if c_image else Head(rank, c, c, norm)
         self.gain = 0.5**0.5 if rescale else 1.0
 
     def forward(self, image: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
