@@ -287,6 +287,18 @@ def test_old_networks_keep_their_parameters():
         assert names == {"frequencies", "first.weight", "first.bias", "second.weight", "second.bias"} | more
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_networks_agree(training):
+    """One graph, with a dict of every kind, and with what dropping does to it in training."""
+    net, shape = network("UNet", drop_cond=0.5)
+    given, results = (normal(4, *shape), normal(4), condition(4)), []
+    for call in (torch.compile(net.train(training), fullgraph=True, backend="aot_eager"), net):
+        torch.manual_seed(0)
+        results.append(call(*given))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert bool((results[0] - net.eval()(*given)).abs().max() > 1e-3) == training
+
+
 def test_low_precision_networks_see_numbers_as_they_are():
     """Crops of a thousand pixels: in bfloat16, which cannot tell 1001 from 1003, the angles stay those of float32."""
     conditions = Conditions(numbers=1)

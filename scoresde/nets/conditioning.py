@@ -1,16 +1,7 @@
 """What a network is told besides x and the noise level: the one place that takes its conditions. Layer 0.
 
-| kind | `cond[kind]` | how it reaches the network |
-|---|---|---|
-| classes | integers (B,), or weights of the classes (B, classes) | a learned row, or a mixture of rows; none is a row too |
-| features | (B, features) | a linear map |
-| numbers | (B, numbers), such as sizes and crops in pixels | a linear map of their sines and cosines |
-| tokens | (B, L, tokens), and "mask" (B, L), True where one counts | a linear map of the mean of those that count |
-| pooled | (B, pooled) | a linear map |
-| spatial | (B, spatial, *) with the spatial axes of x | channels beside those of x |
-
-What is missing contributes zeros (but for the classes).
-All kinds but the last are added to the noise embedding. A network takes only what it was built for.
+A network reads its condition by `Conditions.read`, hands the parts to its `ConditionalEmbedding`, and puts the spatial ones
+beside x. Layers that attend to tokens find them, and their mask, in the parts.
 """
 
 from __future__ import annotations
@@ -57,12 +48,24 @@ class ConditionParts(NamedTuple):
 class Conditions:
     """The conditions that a network takes: how many classes, and how many values of each other kind; 0 for none.
 
+    | kind | `cond[kind]` | how it reaches the network |
+    |---|---|---|
+    | classes | integers (B,), or weights of the classes (B, classes) | a learned row, or a mixture of rows; none is a row too |
+    | features | (B, features) | a linear map |
+    | numbers | (B, numbers), such as sizes and crops in pixels | a linear map of their sines and cosines |
+    | tokens | (B, L, tokens), and "mask" (B, L), True where one counts | a linear map of the mean of those that count |
+    | pooled | (B, pooled) | a linear map |
+    | spatial | (B, spatial, *) with the spatial axes of x | channels beside those of x |
+
+    All kinds but the last are added to the noise embedding. `cond` is a dict with any of the kinds, or the tensor itself for a
+    network with one kind only. What is missing contributes zeros, but for the class, of which none is a row too.
+
     drop: in training each example loses all of its condition with this probability, which is what classifier-free guidance
         needs (Ho & Salimans 2022); or a dict of probabilities by kind, with which it loses that kind, and "all", with which it
         loses all. Drawn from torch's global generator, as dropout is.
     null_class: whether there is a label of no class. Networks that were never trained with one refuse to be asked.
 
-    Raises `TypeError` and `ValueError` for options of a wrong kind, out of range, or at odds with each other.
+    Raises `ValueError` for options out of range or at odds with each other.
     """
 
     classes: int = 0
@@ -78,6 +81,8 @@ class Conditions:
         for kind in KINDS:
             if getattr(self, kind) < 0:
                 raise ValueError(f"{_OPTIONS.get(kind, kind)} must be at least 0, got {getattr(self, kind)}.")
+        if isinstance(self.drop, Mapping):
+            self.drop = dict(self.drop)
         self.kinds = tuple(kind for kind in KINDS if getattr(self, kind))
         foreign = sorted(self._rates.keys() - {"all", *self.kinds})
         if foreign:
@@ -88,6 +93,12 @@ class Conditions:
             raise ValueError(f"drop_cond must lie in [0, 1), got {self.drop}.")
         if self.classes and not self.null_class and (self._rates.get("all") or self._rates.get("classes")):
             raise ValueError("drop_cond needs null_class=True: a dropped class is the label of no class.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Conditions:
+        """From the options of a network, of which `cond_dim` counts the features and `drop_cond` says what to drop."""
+        wanted = {f.name: _OPTIONS.get(f.name, f.name) for f in dataclasses.fields(cls)}
+        return cls(**{own: options[name] for own, name in wanted.items() if name in options})
 
     @property
     def _rates(self) -> Mapping[str, float]:
@@ -211,7 +222,7 @@ class ConditionalEmbedding(NoiseEmbedding):
     """A noise label (B,) and the parts of a condition -> (B, width): `NoiseEmbedding`, to which the condition is added.
 
     It joins the hidden layer, or with `join="output"` the second layer's result, as the sum of the kinds' contributions (see
-    the table of this module). Tokens contribute the linear map of their mean over the mask; layers that attend to them read
+    `Conditions`). Tokens contribute the linear map of their mean over the mask; layers that attend to them read
     `tokens` and `mask` of the parts themselves.
     """
 
@@ -260,7 +271,7 @@ class ConditionalEmbedding(NoiseEmbedding):
 
 
 _NOTHING = ConditionParts()
-_OPTIONS = {"features": "cond_dim"}
+_OPTIONS = {"features": "cond_dim", "drop": "drop_cond"}
 
 
 def _class_rows(table: nn.Embedding, classes: Tensor | None, batch: int) -> Tensor:

@@ -26,7 +26,7 @@ class DiT(nn.Module):
     """Attention and MLPs on patches, modulated by the noise level: `forward(x, label, cond=None)`.
 
     x (B, in_channels, *size), label (B,) -> (B, out_channels, *size). The output layer and all gates start at zero.
-    `cond` as in `scoresde.nets.conditioning`; it joins the output of the noise embedding.
+    `cond` as in `Conditions`; it joins the output of the noise embedding.
 
     Arguments:
         in_channels, out_channels: of the data as the network sees them.
@@ -85,7 +85,7 @@ class DiT(nn.Module):
         self.patch: tuple[int, ...] = (given["patch"],) * len(size) if isinstance(patch, int) else given["patch"]
         grid = _check(given, self.patch)
         self.heads, self.pad = heads, pad
-        self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, spatial, given["drop_cond"])
+        self.conditions = Conditions.of(given)
 
         def embed() -> ConditionalEmbedding:
             own = ConditionalEmbedding(

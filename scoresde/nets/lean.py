@@ -130,7 +130,7 @@ class LeanUNet(nn.Module):
         padded = [n + -n % factor for n in size]
         self.size, self.factor, self.pad = given["size"], factor, pad
         conv = CONV[rank]
-        self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, spatial, given["drop_cond"])
+        self.conditions = Conditions.of(given)
         self.embed = ConditionalEmbedding(embedding, self.conditions)
         self.position_map = nn.Parameter(0.1 * torch.randn(1, positions, *padded)) if positions else None
         self.enter = conv(in_channels + spatial + positions, channels[0], 3, padding=1)

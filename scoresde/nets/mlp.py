@@ -43,7 +43,7 @@ class MLP(nn.Module):
         given = arguments(locals())
         super().__init__()
         self.config = given
-        self.conditions = Conditions(classes, cond_dim, numbers, tokens, pooled, drop=given["drop_cond"])
+        self.conditions = Conditions.of(given)
         self.embed = ConditionalEmbedding(embedding, self.conditions, kind=features, scale=fourier_scale)
         self.enter = nn.Linear(dim, width)
         self.norm = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))

@@ -29,7 +29,7 @@ class UNet(nn.Module):
     """Residual blocks down and up again, with a skip connection for each block: `forward(x, label, cond=None)`.
 
     x (B, in_channels, *size), label (B,) -> (B, out_channels, *size); the output layer starts at zero. `cond` as in
-    `scoresde.nets.conditioning`. Sizes other than `size` work too, if their axes can be halved as often or `pad` is set.
+    `Conditions`. Sizes other than `size` work too, if their axes can be halved as often or `pad` is set.
 
     Arguments:
         in_channels, out_channels: of the data as the network sees them.
@@ -115,9 +115,7 @@ class UNet(nn.Module):
         rank = len(given["size"])
         self.rank, self.rescale_input, self.pad = rank, rescale_input, pad
         self.factor = 2 ** (len(given["multipliers"]) - 1)
-        self.conditions = Conditions(
-            classes, cond_dim, numbers, tokens, pooled, spatial, given["drop_cond"], null_class
-        )
+        self.conditions = Conditions.of(given)
 
         if frequencies is None:
             frequencies = width if embedding == "fourier" else max(width // 2, 1)
@@ -159,12 +157,8 @@ class UNet(nn.Module):
 
 def _check(given: dict[str, Any]) -> list[int]:
     """Lengths of the last axis at each resolution; `ValueError` for options that do not fit each other."""
-    size, multipliers, attention, halvings = (
-        given["size"],
-        given["multipliers"],
-        given["attention"],
-        len(given["multipliers"]) - 1,
-    )
+    size, multipliers, attention = given["size"], given["multipliers"], given["attention"]
+    halvings = len(multipliers) - 1
     if len(size) not in CONV:
         raise ValueError(f"size must have 1, 2 or 3 spatial axes, got {size}.")
     if not multipliers:
