@@ -76,14 +76,14 @@ def test_definition(join):
     label, cond = normal(4), condition(4, VECTORS)
     omega = torch.tensor([10000 ** (-j / (NUMBER_FREQUENCIES - 1)) for j in range(NUMBER_FREQUENCIES)])
     angles = torch.cat([cond["numbers"][:, [i]] * omega for i in range(2)], 1)
-    told = embed.classes.weight[cond["classes"]] + cond["features"] @ embed.cond.weight.T
-    told = told + torch.cat([angles.sin(), angles.cos()], 1) @ embed.numbers.weight.T
+    added = embed.classes.weight[cond["classes"]] + cond["features"] @ embed.cond.weight.T
+    added = added + torch.cat([angles.sin(), angles.cos()], 1) @ embed.numbers.weight.T
     means = torch.stack([row[m].mean(0) for row, m in zip(cond["tokens"], cond["mask"], strict=True)])
-    told = told + means @ embed.tokens.weight.T + cond["pooled"] @ embed.pooled.weight.T
+    added = added + means @ embed.tokens.weight.T + cond["pooled"] @ embed.pooled.weight.T
     angle = label[:, None] * embed.frequencies
     h = torch.cat([angle.sin(), angle.cos()], 1) @ embed.first.weight.T + embed.first.bias
-    h = F.silu(h + told if join == "hidden" else h) @ embed.second.weight.T + embed.second.bias
-    expected = F.silu(h + told if join == "output" else h)
+    h = F.silu(h + added if join == "hidden" else h) @ embed.second.weight.T + embed.second.bias
+    expected = F.silu(h + added if join == "output" else h)
     torch.testing.assert_close(embed(label, conditions.read(cond, label)), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -18,7 +18,7 @@ EACH = pytest.mark.parametrize("which", CONDITIONS)
 KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-class Told(ConditionalEmbedding):
+class WithCondition(ConditionalEmbedding):
     """The embedding together with what a network does first: reading the condition."""
 
     def __init__(self, width, cond_dim=0, *, classes=0, drop_cond=0.0, null_class=True, **options):
@@ -33,7 +33,7 @@ class Told(ConditionalEmbedding):
 def embed(width=8, seed=0, **options):
     """An embedding with all parameters drawn anew, so that every part shows in the result."""
     torch.manual_seed(seed)
-    module = Told(width, **(SMALL | options)).eval()
+    module = WithCondition(width, **(SMALL | options)).eval()
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(std=0.4)
@@ -61,13 +61,13 @@ def condition(which, batch, soft=False):
     return parts if which == "both" else parts[which]
 
 
-def written_out(module, label, told=0.0):
+def written_out(module, label, added=0.0):
     """The definition: features, linear, SiLU, linear, SiLU, with what the condition adds at its place."""
     first, second = module.first, module.second
     h = features(module, label) @ first.weight.T + first.bias
-    h = h + told if module.join == "hidden" else h
+    h = h + added if module.join == "hidden" else h
     h = F.silu(h) @ second.weight.T + second.bias
-    return F.silu(h + told if module.join == "output" else h)
+    return F.silu(h + added if module.join == "output" else h)
 
 
 @pytest.mark.parametrize("count", [2, 6, 16])
@@ -118,15 +118,15 @@ def test_definition_with_condition(which, join, soft):
     """A row of the class table or a mixture of rows, and a linear map of the features, added before a SiLU."""
     module, label = embed(join=join, **CONDITIONS[which]), normal(5)
     cond = condition(which, 5, soft)
-    told = torch.zeros(5, 8)
+    added = torch.zeros(5, 8)
     if which != "features":
         classes = cond["classes"] if which == "both" else cond
         rows = classes if soft else F.one_hot(classes, 4).float()
-        told = told + rows @ module.classes.weight[:4]
+        added = added + rows @ module.classes.weight[:4]
     if which != "classes":
-        told = told + (cond["features"] if which == "both" else cond) @ module.cond.weight.T
+        added = added + (cond["features"] if which == "both" else cond) @ module.cond.weight.T
     out = module(label, cond)
-    torch.testing.assert_close(out, written_out(module, label, told), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(out, written_out(module, label, added), atol=1e-6, rtol=1e-5)
     if which != "both":  # a dict says the same
         assert torch.equal(module(label, {which: cond}), out)
 
@@ -141,8 +141,8 @@ def test_no_condition(which, join):
     for cond in (None, {}, dict(classes=None, features=None)):
         torch.testing.assert_close(module(label, cond), expected)
     if which != "features":
-        told = module.classes.weight[4].expand(5, -1)
-        torch.testing.assert_close(module(label), written_out(module, label, told), atol=1e-6, rtol=1e-5)
+        added = module.classes.weight[4].expand(5, -1)
+        torch.testing.assert_close(module(label), written_out(module, label, added), atol=1e-6, rtol=1e-5)
         module(label).sum().backward()
         moved = module.classes.weight.grad.abs().amax(1)
         assert float(moved[4]) > 1e-3
@@ -239,7 +239,7 @@ def test_classes_out_of_range(label):
 def test_wrong_options(options, message):
     """Said when the embedding is built."""
     with pytest.raises(ValueError, match=message):
-        Told(4, **options)
+        WithCondition(4, **options)
 
 
 @JOIN
@@ -341,7 +341,7 @@ def test_networks_tell_each_example_what_is_its_own(name):
 
 def test_conditions_that_are_no_tensors_or_out_of_range():
     """Lists, numbers, booleans and labels beyond the classes are refused in words."""
-    net = Told(8, classes=5).eval()
+    net = WithCondition(8, classes=5).eval()
     label = torch.zeros(2)
     for bad in ([0, 1], 3, "one"):
         with pytest.raises(TypeError, match="tensors"):

@@ -21,7 +21,7 @@ NEEDED = {
 SMALL = {
     "UNet": dict(width=8, multipliers=(1, 2), blocks=1, attention=(2,)),
     "LeanUNet": dict(channels=(8, 8), blocks=(1, 1)),
-    "DiT": dict(width=8, depth=1, heads=2),
+    "DiT": dict(patch=2, width=8, depth=1, heads=2),
     "MLP": dict(width=8, depth=1),
     "RefineNet": dict(width=4),
 }

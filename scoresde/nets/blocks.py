@@ -45,10 +45,10 @@ def spread(features: Tensor, x: Tensor) -> Tensor:
     return features.reshape(*features.shape, *(1,) * (x.dim() - 2))
 
 
-def through(blocks: nn.Module, h: Tensor, *told: Tensor | None) -> Tensor:
-    """h after one block after the other, each called with it and with `told`."""
+def through(blocks: nn.Module, h: Tensor, *others: Tensor | None) -> Tensor:
+    """h after one block after the other, each called with it and with `others`."""
     for block in blocks.children():
-        h = block(h, *told)
+        h = block(h, *others)
     return h
 
 

@@ -82,7 +82,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = given
         self.size: tuple[int, ...] = given["size"]
-        self.patch: tuple[int, ...] = (given["patch"],) * len(size) if isinstance(patch, int) else given["patch"]
+        self.patch: tuple[int, ...] = _per_axis(given["patch"], len(size))
         grid = _check(given, self.patch)
         self.heads, self.pad = heads, pad
         self.conditions = Conditions.of(given)
@@ -180,6 +180,10 @@ class _Block(nn.Module):
         if rotation is not None:
             q, k = _rotated(q, rotation), _rotated(k, rotation)
         return self.out(attend(q, k, v, self.training).transpose(1, 2).reshape(b, n, c))
+
+
+def _per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else value
 
 
 def _modulated(h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
