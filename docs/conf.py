@@ -101,46 +101,11 @@ def copy_notebooks() -> None:
         for cell in book["cells"]:
             if cell["cell_type"] == "markdown":
                 text = re.sub(r"\[([^\]]*)\]\(([\w.-]+\.ipynb)\)", link, "".join(cell["source"]))
-                cell["source"] = text.replace("](../docs/", "](../").replace(
-                    "[README.md](../README.md)", "[](../results.md)"
-                )
+                cell["source"] = text.replace("](../docs/", "](../")
         write_if_changed(HERE / "notebooks" / name, json.dumps(book))
     for old in (HERE / "notebooks").glob("*.ipynb"):
         if old.name not in there:
             old.unlink()
-
-
-def readme_part(start: str, end: str) -> str:
-    """The README from after the line `start` to before the line that begins with `end`."""
-    text = (ROOT / "README.md").read_text()
-    if f"\n{start}\n" not in text:
-        raise ValueError(f"README.md has no line {start!r}; the page that shows what follows it needs another one.")
-    return text.split(f"\n{start}\n", 1)[1].split(f"\n{end}", 1)[0]
-
-
-def measured() -> str:
-    """The README's measurements; their bold openings become headings."""
-    blocks = readme_part("## Measured", "## ").strip().split("\n\n")
-    for i, block in enumerate(blocks):
-        if lead := re.match(r"\*\*([A-Z][^*]*)\*\*[,:]?\s*", block):
-            rest, command = block[lead.end() :], ""
-            if found := re.match(r"\((`[^)]*)\)[,:.]?\s*", rest):
-                rest, command = rest[found.end() :], f"Command: {found[1]}.\n\n"
-            blocks[i] = f"## {lead[1]}\n\n{command}{rest[:1].upper()}{rest[1:]}"
-    return (
-        "\n\n".join(blocks)
-        .replace(" +- ", "\u00a0±\u00a0")
-        .replace("](benchmarks/", "](../benchmarks/")
-        .replace("](docs/", "](")
-    )
-
-
-def methods() -> str:
-    """The README's table of sampling methods."""
-    lines = readme_part("## Sampling methods", "## ").splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("| `method=`"))
-    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
-    return "\n".join(lines[first:last])
 
 
 def commands() -> str:
@@ -169,16 +134,10 @@ def commands() -> str:
 
 
 def fill(app, docname: str, source: list[str]) -> None:
-    """What stands elsewhere is shown from there, so that it cannot differ."""
-    marks = (
-        ("<!-- README: measured -->", measured, "README.md"),
-        ("<!-- README: methods -->", methods, "README.md"),
-        ("<!-- commands -->", commands, "scoresde/cli/commands.py"),
-    )
-    for mark, text, file in marks:
-        if mark in source[0]:
-            app.env.note_dependency(str(ROOT / file))
-            source[0] = source[0].replace(mark, text())
+    """The command line's page, from the signatures themselves, so that it cannot differ."""
+    if "<!-- commands -->" in source[0]:
+        app.env.note_dependency(str(ROOT / "scoresde/cli/commands.py"))
+        source[0] = source[0].replace("<!-- commands -->", commands())
 
 
 def link_names(app, doctree, docname: str) -> None:

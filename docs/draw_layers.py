@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 LAYERS = [
-    ("5  the person", ["cli"], "#f3f3f3"),
-    ("4  the outside world", ["data", "train", "interop", "plots"], "#e8e1f0"),
+    ("the person", ["cli"], "#f3f3f3"),
+    ("the outside world", ["data", "train", "interop", "plots", "jobs"], "#e8e1f0"),
     (
-        "3  what to compute",
-        ["samplers", "latents", "likelihood", "sample", "tune", "guidance", "metrics", "store"],
+        "what to compute",
+        ["samplers", "latents", "likelihood", "sampling", "distill", "guidance", "metrics", "store"],
         "#dcebf7",
     ),
-    ("2  the denoiser", ["bound", "model", "quantized", "mixture", "losses", "flow"], "#dff1e6"),
-    ("1  alpha, sigma, time", ["sde", "grids"], "#fdf1d8"),
-    ("0  torch only", ["checks", "rng", "modes", "ode", "nets"], "#f9e1d6"),
+    ("the denoiser", ["models", "losses", "flow"], "#dff1e6"),
+    ("alpha, sigma, time", ["sde", "grids"], "#fdf1d8"),
+    ("torch only", ["checks", "rng", "modes", "progress", "conditions", "ode", "nets"], "#f9e1d6"),
 ]
 
 
@@ -33,11 +33,11 @@ def main() -> None:
         ax.add_patch(FancyBboxPatch((1, y), 102, 6.2, boxstyle="round,pad=0.2", fc=colour, ec="#888888", lw=0.8))
         ax.text(2.2, y + 3.1, title, va="center", fontsize=10, weight="bold")
         for j, room in enumerate(rooms):
-            x = 25.5 + 9.75 * j
+            x = 23.0 + 10.0 * j
             ax.add_patch(
-                FancyBboxPatch((x, y + 1), 8.7, 4.2, boxstyle="round,pad=0.2", fc="white", ec="#888888", lw=0.8)
+                FancyBboxPatch((x, y + 1), 9.0, 4.2, boxstyle="round,pad=0.2", fc="white", ec="#888888", lw=0.8)
             )
-            ax.text(x + 4.35, y + 3.1, room, va="center", ha="center", fontsize=8.5, family="monospace")
+            ax.text(x + 4.5, y + 3.1, room, va="center", ha="center", fontsize=8.5, family="monospace")
     ax.annotate("", (105.5, 3), (105.5, 47), arrowprops=dict(arrowstyle="-|>", color="#444444"))
     ax.text(106.6, 25, "imports point down", rotation=270, va="center", ha="center", fontsize=9, color="#444444")
     figure.savefig(Path(__file__).with_name("layers.svg"))

@@ -125,35 +125,6 @@ def test_the_overview_lists_every_public_name(site):
         assert f">{name}<" in text, name
 
 
-@pytest.mark.parametrize(
-    "page", ["index", "getting-started", "choose-a-sampler", "report-bits-per-dim", "bring-your-own"]
-)
-def test_the_code_of_a_page_runs(page):
-    """Its python blocks, in order, in one namespace; `py` blocks need files or a network."""
-    names = {}
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        exec(block, names)
-
-
-@pytest.mark.parametrize(
-    ("page", "rows"),
-    [
-        ("choose-a-sampler", r"^\| (?:`tune`|`auto`|best|`dpm\+\+2m`) .*|five evaluations leave[^.]*\.[^(]*?`dpm"),
-        ("report-bits-per-dim", r"^\| (?:one fixed|eight orthogonal)[^|]*\|[^|]*|^> [\d.]+ ± [\d.]+"),
-        ("comparison", r"for \d+ forward passes on a digits|takes \d+;|from [\d.]+ to [\d.]+ nats for \d+|best of \d+"),
-    ],
-)
-def test_measured_numbers_are_the_readme_s(page, rows):
-    """Numbers that a page repeats from the measurements are still there."""
-    readme = set(re.findall(r"\d+(?:\.\d+)?", (ROOT / "README.md").read_text().partition("## Measured")[2]))
-    found = re.findall(rows, (DOCS / f"{page}.md").read_text(), re.M)
-    repeated = re.findall(r"\d+(?:\.\d+)?", " ".join(found).replace("dpm++2m", ""))
-    assert len(repeated) >= 4
-    assert not set(repeated) - readme - {"24", "28"}
-
-
 PROBE = """
 <script>
 window.addEventListener("load", async () => {
