@@ -20,6 +20,7 @@ docs: .venv
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # made again whenever what is to be installed changes
 .venv: .venv/installed

@@ -108,12 +108,13 @@ def likelihood_cost() -> str:
     methods = dict.fromkeys(m for p in problems.values() for m in p["targets"])
     targets = list(dict.fromkeys(t for p in problems.values() for target in p["targets"].values() for t in target))
 
-    def cost(problem: str, method: str, target: str) -> float | None:
-        return problems[problem]["targets"].get(method, {}).get(target, {}).get("cost")
+    def cost(problem: str, method: str, target: str) -> float:
+        """NaN where a method did not reach the target."""
+        return float(problems[problem]["targets"].get(method, {}).get(target, {}).get("cost", math.nan))
 
     def cell(problem: str, method: str) -> str:
-        costs = (cost(problem, method, target) for target in targets)
-        return " / ".join("-" if c is None else f"{c:.0f}" for c in costs)
+        costs = [cost(problem, method, target) for target in targets]
+        return " / ".join("-" if math.isnan(c) else f"{c:.0f}" for c in costs)
 
     exact = [name for name in problems if "-" not in name]  # "moons-mlp" is learned
     ratios = [cost(p, "decoupled", targets[0]) / cost(p, "flow_matching/dopri5", targets[0]) for p in exact]

@@ -148,10 +148,11 @@ class DiT(nn.Module):
     def _unpatch(self, h: Tensor, grid: Sequence[int]) -> Tensor:
         """(B, n, channels of whole patches), the image's channels fastest -> (B, out_channels, *size)."""
         rank = len(grid)
-        h = h.reshape(h.shape[0], *grid, *self.patch, -1)
+        channels = self.config["out_channels"]  # not -1, which says nothing of an empty batch
+        h = h.reshape(h.shape[0], *grid, *self.patch, channels)
         order = [axis for i in range(rank) for axis in (1 + i, 1 + rank + i)]
         size = [n * p for n, p in zip(grid, self.patch, strict=True)]
-        return h.permute(0, 1 + 2 * rank, *order).reshape(h.shape[0], -1, *size)
+        return h.permute(0, 1 + 2 * rank, *order).reshape(h.shape[0], channels, *size)
 
 
 class _Block(nn.Module):

@@ -1,6 +1,6 @@
 """A small adaptive Runge-Kutta engine on batches of independent problems."""
 
-from scoresde.ode.solve import MAX_NFE, NOT_FINITE, OK, STATUS_TEXT, STEP_TOO_SMALL, UNRESOLVED, Solution, solve
+from scoresde.ode.adaptive import MAX_NFE, NOT_FINITE, OK, STATUS_TEXT, STEP_TOO_SMALL, UNRESOLVED, Solution, solve
 from scoresde.ode.tableaux import TABLEAUX, Tableau
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ def error_against_nfe(
     ax = axes_or_new(ax, 5.2, 3.8)
     for i, (label, points) in enumerate(curves.items()):
         nfe, error = zip(*sorted(points), strict=True)
-        style = dict(color=PALETTE[i % len(PALETTE)], marker=_MARKERS[i % len(_MARKERS)], ms=4.5, lw=1.3)
+        style: dict[str, Any] = dict(
+            color=PALETTE[i % len(PALETTE)], marker=_MARKERS[i % len(_MARKERS)], ms=4.5, lw=1.3
+        )
         ax.plot(nfe, error, label=label, ls="--" if i >= len(PALETTE) else "-", **style)
     if floor is not None:
         ax.axhline(floor, color=GREY, ls=":", lw=1.2, label="noise floor")
@@ -53,7 +55,7 @@ def log_likelihood_histogram(
     ax = axes_or_new(ax, 5.2, 3.4)
     values = {k: v.detach().cpu().double().numpy() for k, v in groups.items()}
     joined = np.concatenate([v[np.isfinite(v)] for v in values.values()])
-    edges = np.histogram_bin_edges(joined, bins)
+    edges = np.histogram_bin_edges(joined, bins).tolist()
     for i, (label, v) in enumerate(values.items()):
         color = PALETTE[i % len(PALETTE)]
         ax.hist(v, edges, histtype="stepfilled", density=True, color=color, alpha=0.18)
@@ -78,7 +80,7 @@ def histogram(
     ax = axes_or_new(ax, 4.6, 3.2)
     v = x.detach().cpu().double().reshape(-1).numpy()
     low, high = range or (float(v.min()), float(v.max()))
-    ax.hist(v, np.linspace(low, high, bins + 1), density=True, color=color, alpha=0.4, label=label)
+    ax.hist(v, np.linspace(low, high, bins + 1).tolist(), density=True, color=color, alpha=0.4, label=label)
     if log_prob is not None:
         at = torch.linspace(low, high, 400, dtype=torch.float64)
         with torch.no_grad():
@@ -99,7 +101,7 @@ def calibration(
     z = (error.detach().cpu().double() / stderr.detach().cpu().double()).numpy()
     reach = float(max(3.5, np.quantile(np.abs(z), 0.995)))
     grid = np.linspace(-reach, reach, 200)
-    ax.hist(z, np.linspace(-reach, reach, bins + 1), density=True, color=ORANGE, alpha=0.35, label=label)
+    ax.hist(z, np.linspace(-reach, reach, bins + 1).tolist(), density=True, color=ORANGE, alpha=0.35, label=label)
     ax.plot(grid, np.exp(-0.5 * grid**2) / np.sqrt(2 * np.pi), color=EXACT, lw=1.6, label="standard normal")
     ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
     ax.set(xlabel="error in standard errors", ylabel="density", title=f"root mean square {np.sqrt((z**2).mean()):.2f}")

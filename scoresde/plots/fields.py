@@ -69,10 +69,10 @@ def heat_map(
     ax = axes_or_new(ax)
     _, _, points = grid_points(extent, resolution)
     with torch.no_grad():
-        values = values(points).double().cpu().numpy().reshape(resolution, resolution)
+        board = values(points).double().cpu().numpy().reshape(resolution, resolution)
     low, high = range
     image = ax.imshow(
-        values, extent=extent, origin="lower", cmap=cmap, vmin=low, vmax=high, aspect="equal", interpolation="bilinear"
+        board, extent=extent, origin="lower", cmap=cmap, vmin=low, vmax=high, aspect="equal", interpolation="bilinear"
     )
     if label is not None:
         ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
@@ -133,7 +133,8 @@ def points(
     """A scatter of points (N, 2); other options are those of `Axes.scatter`."""
     ax = axes_or_new(ax)
     at = x.detach().cpu().numpy()
-    ax.scatter(at[:, 0], at[:, 1], **(dict(s=size, color=color, alpha=0.5, lw=0) | options))
+    style: dict[str, Any] = dict(s=size, color=color, alpha=0.5, lw=0) | options
+    ax.scatter(at[:, 0], at[:, 1], **style)
     if extent is not None:
         _square(ax, extent)
     return ax
@@ -199,7 +200,7 @@ def paths(
                 alpha=0.7,
                 label=label if i == 0 else None,
             )
-        ax.scatter(*x[-1].T, s=8, color=color, zorder=3, lw=0)
+        ax.scatter(x[-1, :, 0], x[-1, :, 1], s=8, color=color, zorder=3, lw=0)
         ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
         return ax
     lines = ax.plot(list(times), x[:, :, coordinate or 0], color=color, lw=width, marker=marker, ms=3, alpha=0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from scoresde.plots.style import BLUE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
+
+_RESOLUTION = 90  # of the density behind the points: a grid for every frame
 
 
 def animate(
@@ -43,20 +45,19 @@ def animate(
     ax = figure.add_axes((0.16, 0.13, 0.8, 0.78))
     x = torch.stack([s.detach().cpu().double() for s in states]).numpy()
     if log_prob is not None:
-        density(lambda p: log_prob(p, float(times[0])), extent=extent, resolution=90, ax=ax)
+        density(lambda p: log_prob(p, float(times[0])), extent=extent, resolution=_RESOLUTION, ax=ax)
     ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-    dots = ax.scatter(*x[0].T, s=7, color=color, alpha=0.8, lw=0, zorder=3)
+    dots = ax.scatter(x[0, :, 0], x[0, :, 1], s=7, color=color, alpha=0.8, lw=0, zorder=3)
     title = ax.set_title("")
 
-    def draw(frame: int) -> list:
+    def draw(frame: int) -> list[Any]:
         i = min(frame, len(x) - 1)
         dots.set_offsets(x[i])
         title.set_text(f"t = {float(times[i]):.2f}")
         if log_prob is not None:
-            side = ax.images[0].get_array().shape[0]
-            _, _, at = grid_points(extent, side)
+            _, _, at = grid_points(extent, _RESOLUTION)
             with torch.no_grad():
-                values = log_prob(at, float(times[i])).double().exp().cpu().numpy().reshape(side, side)
+                values = log_prob(at, float(times[i])).double().exp().cpu().numpy().reshape(_RESOLUTION, _RESOLUTION)
             ax.images[0].set_data(values)
             ax.images[0].set_clim(0, values.max())
         return [dots, title]
@@ -69,9 +70,7 @@ def save_animation(animation: FuncAnimation, path: str | Path, *, dpi: int = 80)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
-        from matplotlib.animation import PillowWriter
-
-        animation.save(str(path), writer=PillowWriter(fps=1000 / animation._interval), dpi=dpi)
+        animation.save(str(path), writer="pillow", dpi=dpi)  # as many frames a second as the animation has
     elif path.suffix == ".html":
         path.write_text(animation.to_jshtml(default_mode="loop"))
     else:
