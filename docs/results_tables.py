@@ -207,7 +207,7 @@ def few_evaluations() -> str:
         mean square per dimension / median over starts of the distance to the exact end of the probability flow,
         geometric mean over the problems, by the number of network evaluations. Other methods stand at the best of
         three grids in every cell, and so do the two libraries, of whose {peers["VP"]} configurations
-        ({min(peers.values())} outside VP) the best is chosen anew for each measure. {sdes["VP"]["starts"]} starts,
+        ({min(peers.values())} outside VP) the best is chosen anew for each measure. Up to {sdes["VP"]["starts"]} starts,
         {sdes["VP"]["seeds"]} seeds under VP and {sdes["VE"]["seeds"]} elsewhere; `tune` learned on other starts of
         the same model, {min(seconds):.0f} to {max(seconds):.0f} seconds a problem. {versions(found["versions"])}."""
     return section("python benchmarks/samplers.py", caption, table(("process", "method", *budgets), rows))

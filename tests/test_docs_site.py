@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ROOMS = (
     "scoresde",
-    *(f"scoresde.{r}" for r in ("samplers", "nets", "likelihood", "interop", "plots", "data", "train")),
+    *(
+        f"scoresde.{r}"
+        for r in ("samplers", "nets", "likelihood", "interop", "plots", "data", "train", "distill", "guidance")
+    ),
 )
 MISSING = [
     m for m in ("sphinx", "myst_nb", "furo", "autodoc2", "sphinx_copybutton") if importlib.util.find_spec(m) is None

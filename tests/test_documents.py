@@ -230,6 +230,16 @@ def test_the_readme_names_what_exists():
     assert set(re.findall(r"`(\w+)`", row)) == set(COMMANDS)
 
 
+def test_the_design_shows_every_room():
+    """The picture has all rooms below one another as they may import, and the table says what they hold."""
+    order = load_script(ROOT / "tests" / "test_layers.py").ORDER
+    drawn = [room for _, rooms, _ in reversed(load_script(DOCS / "draw_layers.py").LAYERS) for room in rooms]
+    assert [room for room in drawn if room in order] == order
+    table = (DOCS / "design.md").read_text().partition("| layer | room |")[2].partition("## ")[0]
+    for room in order:
+        assert re.search(rf"`{room}(/\w*)?`", table), room
+
+
 # -- notebooks -------------------------------------------------------------------------------------------------------
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
