@@ -296,9 +296,10 @@ def test_older_and_newer_formats(tmp_path):
     file = save_pretrained(model, tmp_path) / "model.safetensors"
 
     def old(header):
-        options = {k: v for k, v in header["model"]["options"].items() if k != "label"}
-        model = header["model"] | {"options": options}
-        return header | {"format": 1, "net": header["net"] | {"name": "UNet"}, "model": model}
+        options = dict(header["model"]["options"])
+        net, sde, _ = options.pop("net"), options.pop("sde"), options.pop("label")
+        model = header["model"] | {"options": {k: v for k, v in options.items() if v is not None}}
+        return header | {"format": 1, "net": net | {"name": "UNet"}, "sde": sde, "model": model}
 
     edited(file, lambda t: None, old)
     loaded = load(tmp_path)
