@@ -10,7 +10,7 @@ from test_score_sde import worst
 
 from scoresde import VESDE, DiscreteVPSDE, RectifiedFlow, WrappedNet, load
 from scoresde.interop import load_diffusers
-from scoresde.interop.schedules import betas_of
+from scoresde.interop.diffusers.schedules import betas_of
 
 diffusers = pytest.importorskip("diffusers")
 

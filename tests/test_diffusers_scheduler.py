@@ -42,7 +42,7 @@ def unet():
 
 
 def scheduler(method, original=None):
-    from scoresde.interop.diffusers_scheduler import SamplerScheduler
+    from scoresde.interop.diffusers.scheduler import SamplerScheduler
 
     return SamplerScheduler.of(original or diffusers.DDPMScheduler(), method)
 

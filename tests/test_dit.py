@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from scoresde.interop.diffusers_dit import blocks_differ, dit_from_config, dit_weights
+from scoresde.interop.diffusers.dit import blocks_differ, dit_from_config, dit_weights
 from scoresde.interop.files import Weights
 from scoresde.nets import dit as module
 from scoresde.nets.dit import DiT

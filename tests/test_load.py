@@ -17,7 +17,8 @@ from test_score_sde import publish, read, same
 from test_store import Bomb, assert_same_model, edited, mlp_model, quantized_model, shaken, unet_model
 
 from scoresde import VPSDE, CosineSDE, NoiseLabel, ScoreNet, from_pretrained, load, push_to_hub, save_pretrained, store
-from scoresde.interop import hub, load_diffusers, load_edm, load_score_sde
+from scoresde.interop import load_diffusers, load_edm, load_score_sde
+from scoresde.interop.ours import hub
 from scoresde.nets import DiT, LeanUNet, UNet
 
 

@@ -19,9 +19,9 @@ from scoresde import (
     load,
     save_pretrained,
 )
-from scoresde.interop.edm import _named
+from scoresde.interop.diffusers.schedules import process_of_scheduler
+from scoresde.interop.edm.checkpoint import _named
 from scoresde.interop.files import Weights, fitting, read_config, read_torch
-from scoresde.interop.schedules import process_of_scheduler
 from scoresde.nets import MLP, UNet
 
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, attention=())

@@ -10,7 +10,7 @@ import torch
 import scoresde
 from scoresde import VESDE
 from scoresde.interop.files import Weights
-from scoresde.interop.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
+from scoresde.interop.score_sde.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
 from scoresde.models.network import NoiseLabel
 from scoresde.nets.refinenet import InstanceNormPlus, RefineNet
 from scoresde.store import save_model
@@ -39,7 +39,7 @@ def load(name):
     tensors, _, options, reference = read(name)
     weights = Weights(tensors, name)
     model = build_ncsn(options, weights)
-    weights.fill(model.net, ncsn_weights(model.net, weights))
+    model.net = weights.fill(model.net, ncsn_weights(model.net, weights))
     return model.eval(), options, reference
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from scoresde.interop.pickles import Record, network_of, read_pickle
+from scoresde.interop.edm.snapshot import Record, network_of, read_pickle
 
 
 class EasyDict(dict):

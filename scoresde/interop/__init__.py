@@ -2,9 +2,9 @@
 
 from scoresde.interop.diffusers import load_diffusers
 from scoresde.interop.edm import load_edm
-from scoresde.interop.hub import from_pretrained, push_to_hub, save_pretrained
-from scoresde.interop.load import load
-from scoresde.interop.pickles import network_of, read_pickle
+from scoresde.interop.edm.snapshot import network_of, read_pickle
+from scoresde.interop.ours.hub import from_pretrained, push_to_hub, save_pretrained
+from scoresde.interop.recognise import load
 from scoresde.interop.score_sde import load_score_sde
 from scoresde.interop.wrap import WrappedNet
 

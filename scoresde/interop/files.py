@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import numbers
 import os
 import pickle
 import threading
 import types
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scoresde.store import as_path, check_regular, on_meta, real_like
+
+CONFIG_BYTES = 16 * 2**20
+STEPS = 100_000
 _LOCK = threading.Lock()  # what may be unpickled is a setting of the whole process
 
 
@@ -24,15 +30,18 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     """What a `torch.save` file holds, with `weights_only=True`: tensors, numbers, strings and their containers.
 
     One thing more is allowed, a NumPy scalar, because score_sde_pytorch's optimizer states hold one (the learning rate of
-    its warm-up). Raises `FileNotFoundError`, and `ValueError` for a truncated file or one with code in it, of which nothing
-    is executed.
+    its warm-up). Tensors are views of the file, read when they are used. Raises `FileNotFoundError`, and `ValueError` for a
+    truncated file, one with code in it, of which nothing is executed, and one that would take more memory than it has bytes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+    path = check_regular(as_path(path))
+    zipped = zipfile.is_zipfile(path)
     try:
+        if zipped:
+            _check_archive(path)
         with _LOCK, torch.serialization.safe_globals(_absent(_numpy_scalar())):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except RefusedFileError:
+        raise
     except pickle.UnpicklingError as e:
         if "Unsupported operand" not in str(e):  # which is what bytes of another kind of file give
             raise ValueError(
@@ -42,6 +51,47 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         raise ValueError(_damaged(path, e)) from e
     except Exception as e:  # damaged bytes fail in many ways: struct.error, IndexError, RuntimeError, ...
         raise ValueError(_damaged(path, e)) from e
+    _check_sizes(found, path)
+    return found
+
+
+class RefusedFileError(ValueError):
+    """A file that would take more memory than its size allows for."""
+
+
+def _check_archive(path: Path) -> None:
+    """`torch.save` stores without compression: what is in an archive takes no more room than the archive."""
+    with zipfile.ZipFile(path) as archive:
+        entries, size = archive.infolist(), path.stat().st_size
+    promised = sum(e.file_size for e in entries)
+    if promised > size or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise RefusedFileError(
+            f"{path} has {size:,} bytes and unpacks to {promised:,}, or is compressed, as no file of torch.save is. It was not "
+            "unpacked. If it should be a checkpoint, unpack it and save its tensors again."
+        )
+
+
+def _check_sizes(found: Any, path: Path) -> None:
+    """`ValueError` for tensors that are larger than the memory they stand on, or than the file can have held."""
+    left, total, seen, todo = 8 * path.stat().st_size + 2**20, 0, set(), [found]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif isinstance(value, Tensor):
+            plain = value.layout == torch.strided and not value.is_meta
+            size = value.numel() * value.element_size()
+            total += size
+            if not plain or size > value.untyped_storage().nbytes() or total > left:
+                raise RefusedFileError(
+                    f"{path} holds a tensor of shape {tuple(value.shape)} that stands on less memory than it has entries, or "
+                    "is sparse or without numbers; it was refused. Save plain, contiguous tensors."
+                )
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -94,7 +144,11 @@ def fitting(source: str) -> Iterator[None]:
     """Turns what goes wrong while weights and options are taken apart into a `ValueError` that names the file."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+    except ValueError as e:
+        if source in str(e):
+            raise
+        raise ValueError(f"{source}: {e}") from e
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as e:
         raise ValueError(
             f"{source} and its configuration do not hold what their layout promises ({type(e).__name__}: {_first_line(e)}). "
             "Check that the file is whole and the configuration its own."
@@ -118,15 +172,13 @@ def read_config(config: Any, names: Mapping[str, Callable[[], dict] | dict] | No
         )
     path = Path(config)
     if path.suffix in (".json", ".yaml", ".yml"):
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"there is no configuration file {path}.")
+        if check_regular(path).stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"{path} is no configuration: it has more than {CONFIG_BYTES // 2**20} MiB.")
         try:
-            if path.suffix == ".json":
-                found = json.loads(path.read_text())
-            else:
-                import yaml
-
-                found = yaml.safe_load(path.read_text())
+            text = path.read_text()
+            found = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
         except Exception as e:  # of either parser
             raise ValueError(f"{path} is not a readable configuration: {_first_line(e)}.") from e
         if not isinstance(found, dict):
@@ -147,11 +199,32 @@ def read_config(config: Any, names: Mapping[str, Callable[[], dict] | dict] | No
     return names[name]
 
 
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without aliases, by which a few hundred bytes can stand for more nodes than there is memory."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has aliases (*name), which are not read here; write the values out")
+            return super().compose_node(parent, index)
+
+    return yaml.load(text, Loader)
+
+
+def step_count(value: Any, name: str) -> int:
+    """A number of discrete noise levels, as an integer. `ValueError` unless it is a whole number from 2 to `STEPS`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != int(value) or not 2 <= value <= STEPS:
+        raise ValueError(f"{name} must be 2 to {STEPS:,}, a whole number, got {value!r}.")
+    return int(value)
+
+
 class Weights:
     """A state dict that is used up: every tensor has to be taken exactly once, or be ignored by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str):
-        self.left, self.source = dict(tensors), source
+        self.left, self.source, self.count = dict(tensors), source, len(tensors)
         self.missing: list[str] = []
 
     def __contains__(self, name: str) -> bool:
@@ -181,8 +254,15 @@ class Weights:
                 )
                 raise ValueError(f"{self.source}: {name} is {what}; the file is damaged, or its training diverged.")
 
-    def fill(self, net: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Load `values`, by the network's own names, after checking names and shapes. Raises `ValueError` naming the file."""
+    def sketch(self) -> contextlib.AbstractContextManager[None]:
+        """Where a network is made from options: without memory, and not much larger than these weights. See `fill`."""
+        return on_meta(self.count)
+
+    def fill(self, net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+        """The network with `values`, by its own names, after checking names and shapes; a sketch becomes real only then.
+
+        Values without numbers, of a sketch, are left as the network makes them. Raises `ValueError` naming the file.
+        """
         own = net.state_dict()
         shapes = [
             f"{k}: {tuple(v.shape)} where the configuration gives {tuple(own[k].shape)}"
@@ -204,4 +284,8 @@ class Weights:
                 f"the weights in {self.source} do not fit the network that its configuration describes; {'; '.join(parts)}. "
                 "Check that the configuration is the checkpoint's own."
             )
-        net.load_state_dict({k: v.to(own[k].dtype) for k, v in values.items()})
+        if any(v.is_meta for v in own.values()):
+            net = real_like(net)
+            own = net.state_dict()
+        net.load_state_dict({k: own[k] if v.is_meta else v.to(own[k].dtype) for k, v in values.items()})
+        return net

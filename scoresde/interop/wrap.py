@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scoresde import checks
 from scoresde.interop.diffusers import data_of
-from scoresde.interop.schedules import process_of_scheduler
+from scoresde.interop.diffusers.schedules import process_of_scheduler
 from scoresde.models.network import PARAMETERIZATIONS, NoiseLabel, ScoreNet
 from scoresde.sde import EDMSDE, SDE, VESDE, DiscreteVPSDE
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.interop.files import Weights
+from scoresde.interop.files import Weights, step_count
 from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.nets.refinenet import ACTIVATIONS, RefineNet
 from scoresde.sde import VESDE
@@ -35,30 +35,29 @@ NCSN_MODELS: dict[str, dict[str, Any]] = {
 
 
 def build_ncsn(options: dict[str, Any], weights: Weights) -> ScoreNet:
-    """An untrained model from the original's options; the width is read off the weights. Raises `ValueError`.
+    """A model from the original's options, its network a sketch for `Weights.fill`; the width is read off the weights.
 
-    A table of noise levels in the file is used up: it has to be the one that the options describe.
+    A table of noise levels in the file is used up: it has to be the one that the options describe. Raises `ValueError`.
     """
     try:
         training, data, net = options["training"], options["data"], options["model"]
-        name, steps = str(net["name"]).lower(), int(net["num_scales"])
+        name, steps = str(net["name"]).lower(), step_count(net["num_scales"], "num_scales")
         _check(name, training, net)
         sde = VESDE(float(net["sigma_min"]), float(net["sigma_max"]))
-        if steps < 2:
-            raise ValueError(f"num_scales must be 2 at least, got {steps}.")
         size, centred = int(data["image_size"]), bool(data["centered"])
         # their configurations have the one, their code asks for the other
         channels = int(data.get("num_channels", data.get("channels", 3)))
         first = weights.left.get("begin_conv.weight")
-        made = RefineNet(
-            channels,
-            (size, size),
-            width=int(net["nf"]) if first is None else first.shape[0],
-            activation=str(net["nonlinearity"]).lower(),
-            steps=steps if name == "ncsn" else 0,
-            rescale_input=not centred,
-            **NCSN_MODELS[name],
-        )
+        with weights.sketch():
+            made = RefineNet(
+                channels,
+                (size, size),
+                width=int(net["nf"]) if first is None else first.shape[0],
+                activation=str(net["nonlinearity"]).lower(),
+                steps=steps if name == "ncsn" else 0,
+                rescale_input=not centred,
+                **NCSN_MODELS[name],
+            )
     except KeyError as e:
         raise ValueError(f"the configuration lacks the option {e}; give the original's in full.") from e
     if "sigmas" in weights:

@@ -1,124 +1,18 @@
-"""Models of the diffusers library: `UNet2DModel`, with skip blocks too (NCSN++), and `DiTTransformer2DModel`. Layer 4.
-
-A pipeline's folder is read without the library: options from its JSON files, weights from safetensors (or from a `.bin` file,
-with `weights_only=True`). The scheduler says which process the network was trained for; only its schedule is used:
-
-| scheduler | SDE | label |
-|---|---|---|
-| DDPM, DDIM and the others with betas | `DiscreteVPSDE` of the same betas | step (N - 1) t |
-| ScoreSdeVe, or a Fourier embedding | `VESDE` | ln sigma |
-| FlowMatchEulerDiscrete | `RectifiedFlow` | N t |
-"""
+"""The U-Net of the diffusers library, `UNet2DModel`, with skip blocks too (NCSN++), as a `UNet`. Layer 4."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scoresde.interop.diffusers_dit import blocks_differ, dit_from_config, dit_weights
-from scoresde.interop.files import Weights, fitting, read_config, read_torch
-from scoresde.interop.schedules import process_of_scheduler
-from scoresde.models.network import ScoreNet
+from scoresde.interop.files import Weights
 from scoresde.nets.unet import UNet
-from scoresde.sde import VESDE
-from scoresde.store import read_tensors
 
-COMPONENTS = ("unet", "transformer")
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 Names = Iterator[tuple[str, Tensor]]
-
-
-def load_diffusers(path: str | os.PathLike[str], config: Any = None) -> ScoreNet:
-    """The model in a pipeline's folder, or in the folder of its `unet` or `transformer`.
-
-    `config`: options of the scheduler, where the folder has none or others are wanted (dict or JSON file, as
-    `scheduler_config.json`). Class-conditional networks take `cond` of class labels (B,). What `DiTTransformer2DModel` denoises
-    are latents of an autoencoder, which is not loaded; a learned variance is left out. In evaluation mode, on the CPU.
-
-    Raises `FileNotFoundError` where there is no model, `ValueError` for damaged files, files with code, classes and options that
-    are not supported, and weights that do not fit the options.
-    """
-    folder = model_folder(path)
-    options = read_config(folder / "config.json")
-    name = options.get("_class_name")
-    file = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{folder} has a config.json but none of {', '.join(WEIGHTS)}.")
-    tensors = read_tensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise ValueError(f"{file} is no state dict: it should map names to tensors.")
-    weights = Weights(tensors, str(file))
-    weights.check()
-    with fitting(str(file)):
-        net = _network(name, options, weights, folder)
-    fourier = options.get("time_embedding_type") == "fourier"
-    scheduler = _scheduler(Path(path), folder) if config is None else read_config(config)
-    sde, parameterization, label = process_of_scheduler(scheduler, fourier, str(path))
-    return ScoreNet(net, sde, parameterization, label=label, **data_of(options, isinstance(sde, VESDE))).eval()
-
-
-def data_of(options: Mapping[str, Any], exploding: bool) -> dict[str, Any]:
-    """What a network's options say of its data, as options of `ScoreNet`: images in [0, 1] for NCSN++, else in [-1, 1]; or
-    latents, of which no levels are known."""
-    pixels = "num_embeds_ada_norm" not in options
-    centred = bool(options.get("center_input_sample", False)) or exploding
-    size, channels = options.get("sample_size"), int(options.get("in_channels", 3))
-    shape = (channels, *((size, size) if isinstance(size, int) else size)) if size else None
-    return dict(
-        sigma_data=(0.25 if centred else 0.5) if pixels else 1.0,
-        event_shape=shape,
-        levels=256 if pixels else None,
-        value_range=(0.0, 1.0) if centred else (-1.0, 1.0),
-    )
-
-
-def _network(name: str | None, options: dict[str, Any], weights: Weights, folder: Path) -> nn.Module:
-    if name == "Transformer2DModel" and options.get("norm_type") == "ada_norm_zero":
-        name = "DiTTransformer2DModel"  # what files of that network were called before it had a class of its own
-    if name == "DiTTransformer2DModel":
-        net = dit_from_config(options, blocks_differ(weights))
-        values = dit_weights(net, weights)
-    elif name == "UNet2DModel":
-        net = unet_from_config(options, weights)
-        values = dict(_renamed(net, options, weights))
-    else:
-        raise ValueError(f"{folder} holds a {name}; supported are UNet2DModel and DiTTransformer2DModel.")
-    weights.fill(net, values)
-    return net
-
-
-def model_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of the network in a pipeline's folder. Raises `FileNotFoundError` without one."""
-    path = Path(path)
-    for folder in (*(path / name for name in COMPONENTS), path):
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"{path} holds no diffusers model (looked for config.json there and in {', '.join(COMPONENTS)})."
-    )
-
-
-def is_diffusers(path: Path) -> bool:
-    """Whether a folder is a pipeline of diffusers or one of its models."""
-    if (path / "model_index.json").is_file():
-        return True
-    config = path / "config.json"
-    return config.is_file() and "_class_name" in read_config(config)
-
-
-def _scheduler(path: Path, folder: Path) -> dict[str, Any] | None:
-    for place in (path / "scheduler", path, folder, folder.parent / "scheduler", folder.parent):
-        file = place / "scheduler_config.json"
-        if file.is_file():
-            return read_config(file)
-    return None
-
 
 _KINDS = {
     "DownBlock2D": (False, False),
@@ -267,8 +161,8 @@ def _middle_norm(get: Any, scale: str) -> bool:
     return groups == get("norm_num_groups")
 
 
-def _renamed(net: UNet, config: Mapping[str, Any], weights: Weights) -> Names:
-    """Our names with the file's tensors."""
+def unet_weights(net: UNet, config: Mapping[str, Any], weights: Weights) -> Names:
+    """Our names with the file's tensors, which are used up."""
     options = {**_DEFAULTS, **config}
 
     def layer(own: str, theirs: str) -> Names:

@@ -1,4 +1,4 @@
-"""What a snapshot of EDM may hold, each made here and checked: records, tensors, plain values. See `interop.pickles`."""
+"""What a snapshot of EDM may hold, each made here and checked: records, tensors, plain values. See `snapshot`."""
 
 from __future__ import annotations
 
@@ -236,7 +236,8 @@ def _tensor(args: tuple[Any, ...]) -> Tensor:
     # Checked here because set_ enlarges a memory that is too small for the size asked for.
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     fits = 0 in size or last < storage.untyped.nbytes() // storage.dtype.itemsize
-    need(fits and math.prod(size) < 2**62, "a tensor reaches beyond its memory.")
+    entries = storage.untyped.nbytes() // storage.dtype.itemsize
+    need(fits and math.prod(size) <= entries, "a tensor reaches beyond its memory, or has more entries than that.")
     tensor = torch.empty(0, dtype=storage.dtype, device="cpu")  # whatever the default device is
     if 0 in size:
         tensor = tensor.reshape(size)

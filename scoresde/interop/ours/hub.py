@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from scoresde.models.base import ScoreModel
-from scoresde.store import load_model, save_model
+from scoresde.store import as_path, load_model, save_model
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_FOLDERS = {".", "unet", "transformer", "scheduler", "model"}
+_FOLDERS = {".", "unet", "unet_ema", "transformer", "scheduler", "model"}
 
 
 def is_hub_id(name: str) -> bool:
@@ -20,18 +20,25 @@ def is_hub_id(name: str) -> bool:
 
 
 def wanted_files(files: list[str]) -> list[str]:
-    """Of a repository's files those that `load` may need: options, and weights as safetensors or else as `.bin`."""
-    chosen = []
-    for name in files:
-        path = PurePosixPath(name)
-        if str(path.parent) not in _FOLDERS or ".fp16." in name or "non_ema" in name:
-            continue
-        safe = str(path.parent / "diffusion_pytorch_model.safetensors")
-        if path.suffix in (".json", ".safetensors") or (
-            path.name == "diffusion_pytorch_model.bin" and safe not in files
-        ):
-            chosen.append(name)
-    return chosen
+    """Of a repository's files those that `load` may need: options, and weights as safetensors or else as `.bin`, in half precision
+    where there are no others."""
+    chosen: list[str] = []
+    for folder in sorted({str(PurePosixPath(name).parent) for name in files} & _FOLDERS):
+        here = [name for name in files if str(PurePosixPath(name).parent) == folder]
+        weights = [
+            n for n in here if re.search(r"\.(safetensors|bin)(\.index(\.fp16)?\.json)?$", n) and "non_ema" not in n
+        ]
+        weights = [
+            n for n in weights if not n.endswith("bin") or PurePosixPath(n).name.startswith("diffusion_pytorch_model")
+        ]
+        kinds = [
+            [n for n in weights if (".fp16" in n) == half and kind in n]
+            for half in (0, 1)
+            for kind in (".safe", ".bin")
+        ]
+        taken = set(next((k for k in kinds if k), []))
+        chosen += [n for n in here if n in taken or (n.endswith(".json") and ".index." not in n)]
+    return [name for name in files if name in chosen]
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
@@ -69,7 +76,7 @@ def from_pretrained(path_or_hub_id: str | os.PathLike[str], *, revision: str | N
     `revision` is a branch, tag or commit on the hub. Raises `FileNotFoundError` where there is none and `ValueError` for a
     damaged file, or one of a newer version of this package.
     """
-    if Path(path_or_hub_id).exists() or not is_hub_id(str(path_or_hub_id)):
+    if as_path(path_or_hub_id, "path_or_hub_id").exists() or not is_hub_id(str(path_or_hub_id)):
         return load_model(path_or_hub_id)
     return load_model(download(str(path_or_hub_id), revision))
 

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.interop.edm.snapshot import network_of
 from scoresde.interop.files import Weights, fitting, read_config, read_torch
-from scoresde.interop.pickles import network_of
 from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, DiscreteVPSDE
-from scoresde.store import read_tensors
+from scoresde.store import as_path, read_tensors
 
 PRECONDITIONINGS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond", "iddpm": "iDDPMPrecond"}
 ARCHITECTURES = {
@@ -58,7 +58,7 @@ STATE_FILES = ("state.pt", "model.pt")
 def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = None) -> ScoreNet:
     """The model of an EDM network: a state dict saved by `torch.save`, a safetensors file, or a snapshot `.pkl`.
 
-    A snapshot is read without executing it, see `scoresde.interop.pickles`. `config` may give the original's constructor
+    A snapshot is read without executing it, see `scoresde.interop.edm.snapshot`. `config` may give the original's constructor
     arguments (dict, JSON or YAML file), or a name ("edm", "vp", "ve", "iddpm", "ncsnpp", ...): it decides the preconditioning and
     `sigma_data`, and is checked against the weights. Class-conditional networks take `cond` of class labels (B,) or one-hot rows
     (B, classes); without it, no class. `state` is what the file holds, if it has been read already.
@@ -66,7 +66,7 @@ def load_edm(path: str | os.PathLike[str], config: Any = None, *, state: Any = N
     Raises `FileNotFoundError`, and `ValueError` for damaged files, files with code, other networks (EDM2 among them) and
     options that contradict the weights.
     """
-    file, tensors, options = _read(Path(path), state)
+    file, tensors, options = _read(as_path(path), state)
     if config is not None:
         options |= _named(config) if _is_name(config) else _flat(read_config(config))
     with fitting(str(file)):
@@ -80,7 +80,7 @@ def _model_of(weights: Weights, options: dict[str, Any]) -> ScoreNet:
     plan = _Plan(weights, options)
     model = _model(plan, weights, options)
     weights.ignore([k for k in weights.left if k.endswith("resample_filter") or k == "map_augment.weight" or k == "u"])
-    weights.fill(model.net, dict(_renamed(model.net, plan, weights)))
+    model.net = weights.fill(model.net, dict(_renamed(model.net, plan, weights)))
     return model.eval()
 
 
@@ -104,7 +104,7 @@ def _read(path: Path, state: Any = None) -> tuple[Path, Mapping[str, Tensor], di
         record = network_of(path)
         return path, record.state_dict(), options | {"precond": record.class_name} | _flat(dict(record.init_kwargs))
     if path.suffix == ".safetensors":
-        return path, read_tensors(path)[0], options
+        return path, read_tensors(path, foreign=True)[0], options
     state = read_torch(path) if state is None else state
     for key in ("ema", "net", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -233,32 +233,33 @@ class _Plan:
 def _model(plan: _Plan, weights: Weights, options: dict[str, Any]) -> ScoreNet:
     size = (plan.resolutions[0],) * 2
     fir = plan.taps != (1.0, 1.0) or plan.input == "residual"
-    net = UNet(
-        plan.channels,
-        plan.channels,
-        size,
-        width=plan.width,
-        multipliers=plan.multipliers,
-        blocks=plan.blocks,
-        attention=plan.attention,
-        attention_up="all" if plan.adm else "last",
-        middle_attention=f"dec.{plan.resolutions[-1]}x{plan.resolutions[-1]}_in0.qkv.weight" in weights,
-        head_channels=64 if plan.adm else None,
-        resample="fir" if fir else "mean",
-        taps=plan.taps,
-        project_resampled=not plan.adm,
-        modulation="scale_shift" if plan.adm else "shift",
-        rescale_skips=not plan.adm,
-        progressive_input=plan.input,
-        progressive_output=plan.output,
-        embedding="sinusoidal" if plan.fourier else "positional",
-        frequencies=plan.frequencies,
-        embedding_width=plan.embedding_width,
-        classes=plan.classes,
-        join="output" if plan.adm else "hidden",
-        eps=1e-5 if plan.adm else 1e-6,
-        dropout=float(options.get("dropout", 0.0)),
-    )
+    with weights.sketch():
+        net = UNet(
+            plan.channels,
+            plan.channels,
+            size,
+            width=plan.width,
+            multipliers=plan.multipliers,
+            blocks=plan.blocks,
+            attention=plan.attention,
+            attention_up="all" if plan.adm else "last",
+            middle_attention=f"dec.{plan.resolutions[-1]}x{plan.resolutions[-1]}_in0.qkv.weight" in weights,
+            head_channels=64 if plan.adm else None,
+            resample="fir" if fir else "mean",
+            taps=plan.taps,
+            project_resampled=not plan.adm,
+            modulation="scale_shift" if plan.adm else "shift",
+            rescale_skips=not plan.adm,
+            progressive_input=plan.input,
+            progressive_output=plan.output,
+            embedding="sinusoidal" if plan.fourier else "positional",
+            frequencies=plan.frequencies,
+            embedding_width=plan.embedding_width,
+            classes=plan.classes,
+            join="output" if plan.adm else "hidden",
+            eps=1e-5 if plan.adm else 1e-6,
+            dropout=float(options.get("dropout", 0.0)),
+        )
     sde, parameterization, label = _precond(options, weights)
     return ScoreNet(
         net,

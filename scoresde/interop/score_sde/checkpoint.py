@@ -23,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.interop.files import Weights, fitting, read_config, read_torch
-from scoresde.interop.ncsn import NCSN_MODELS, PUBLISHED_NCSN, build_ncsn, ncsn_weights
+from scoresde.interop.files import Weights, fitting, read_config, read_torch, step_count
+from scoresde.interop.score_sde.ncsn import NCSN_MODELS, build_ncsn, ncsn_weights
+from scoresde.interop.score_sde.published import PUBLISHED
+from scoresde.interop.strangers import stranger
 from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.nets.refinenet import RefineNet
 from scoresde.nets.unet import UNet
 from scoresde.sde import SDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
+from scoresde.store import as_path
 
 Names = Iterator[tuple[str, Tensor]]
 
@@ -47,6 +50,9 @@ def load_score_sde(
     that do not fit them.
     """
     file = checkpoint_file(path)
+    state = read_torch(file) if state is None else state
+    if not is_checkpoint(state):  # said before the options are asked for, which it would not help to give
+        raise stranger(file, state)
     if config is None:
         beside = file.parent / "config.json"
         if not beside.is_file():
@@ -56,12 +62,6 @@ def load_score_sde(
             )
         config = beside
     options = read_config(config, PUBLISHED)
-    state = read_torch(file) if state is None else state
-    if not is_checkpoint(state):
-        found = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(
-            f"{file} is no checkpoint of score_sde_pytorch: it should hold 'model' and 'ema', has {found}."
-        )
     with fitting(str(file)):
         tensors = _parameters(state, ema, str(file))
         weights = Weights({k.removeprefix("module."): v for k, v in tensors.items()}, str(file))
@@ -69,18 +69,22 @@ def load_score_sde(
         model = build_score_sde(options, weights)
         weights.ignore(["sigmas"])
         older = isinstance(model.net, RefineNet)
-        weights.fill(model.net, ncsn_weights(model.net, weights) if older else dict(_renamed(model.net, weights)))
+        values = ncsn_weights(model.net, weights) if older else dict(_renamed(model.net, weights))
+        model.net = weights.fill(model.net, values)
     return model.eval()
 
 
 def is_checkpoint(state: Any) -> bool:
-    """Whether what a file holds is laid out as their trainer writes it."""
-    return isinstance(state, dict) and isinstance(state.get("model"), dict) and ("ema" in state or "step" in state)
+    """Whether what a file holds is laid out as their trainer writes it, and has the names of their networks."""
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        return False
+    names = [str(k).removeprefix("module.") for k in state["model"]]
+    return any(n.startswith(("all_modules.", "begin_conv.")) for n in names)
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     """The newest `checkpoint_N.pth` of a folder, or the file itself."""
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         return path
     found = sorted(path.glob("checkpoint*.pth"), key=lambda p: (len(p.name), p.name))
@@ -90,7 +94,10 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
 
 
 def build_score_sde(options: dict[str, Any], weights: Weights) -> ScoreNet:
-    """An untrained model from the original's options; the width is read off the weights. Raises `ValueError`."""
+    """A model from the original's options, its network a sketch for `Weights.fill`; the width is read off the weights.
+
+    Raises `ValueError`.
+    """
     if str(options.get("model", {}).get("name", "")).lower() in NCSN_MODELS:
         return build_ncsn(options, weights)
     try:
@@ -103,7 +110,10 @@ def build_score_sde(options: dict[str, Any], weights: Weights) -> ScoreNet:
             parameterization = "score"
         elif kind != "vesde" and net.get("scale_by_sigma", False):
             raise ValueError("scale_by_sigma is supported for the VE SDE only.")
-        made = UNet(channels, channels, (size, size), **_unet_options(net, size, weights), rescale_input=not centred)
+        with weights.sketch():
+            made = UNet(
+                channels, channels, (size, size), **_unet_options(net, size, weights), rescale_input=not centred
+            )
     except KeyError as e:
         raise ValueError(f"the configuration lacks the option {e}; give the original's in full.") from e
     return ScoreNet(
@@ -119,7 +129,7 @@ def build_score_sde(options: dict[str, Any], weights: Weights) -> ScoreNet:
 
 
 def _process(kind: str, continuous: bool, net: dict[str, Any]) -> tuple[SDE, NoiseLabel, str]:
-    steps = int(net.get("num_scales", 1000))
+    count = step_count(net.get("num_scales", 1000), "num_scales")
     fourier = net["name"] != "ddpm" and str(net.get("embedding_type", "positional")).lower() == "fourier"
     if kind == "vesde":
         sde = VESDE(float(net["sigma_min"]), float(net["sigma_max"]))
@@ -127,7 +137,7 @@ def _process(kind: str, continuous: bool, net: dict[str, Any]) -> tuple[SDE, Noi
             raise ValueError("VE checkpoints have Fourier embeddings if continuous and positional ones if discrete.")
         return (
             sde,
-            NoiseLabel("log_sigma") if continuous else NoiseLabel("time", 1.0 - steps, steps - 1.0),
+            NoiseLabel("log_sigma") if continuous else NoiseLabel("time", 1.0 - count, count - 1.0),
             "scaled_score",
         )
     if fourier:
@@ -138,7 +148,7 @@ def _process(kind: str, continuous: bool, net: dict[str, Any]) -> tuple[SDE, Noi
     if kind == "vpsde":
         if continuous:
             return VPSDE(low, high), NoiseLabel("time", 999.0), "noise"
-        return DiscreteVPSDE.linear(low / steps, high / steps, steps), NoiseLabel("time", steps - 1.0), "noise"
+        return DiscreteVPSDE.linear(low / count, high / count, count), NoiseLabel("time", count - 1.0), "noise"
     raise ValueError(f"unknown SDE {kind!r} in training.sde; known are vpsde, subvpsde and vesde.")
 
 
@@ -300,51 +310,3 @@ def _renamed(net: UNet, weights: Weights) -> Names:
                 place += 1
     if net.leave is not None:
         yield from head("leave")
-
-
-def _published() -> dict[str, dict[str, Any]]:
-    """The published configurations by the name of their file, as far as they decide the model."""
-
-    def options(sde: str, continuous: bool, size: int, centred: bool, **model: Any) -> dict[str, Any]:
-        base = dict(sigma_min=0.01, sigma_max=50, num_scales=1000, beta_min=0.1, beta_max=20.0, nf=128)
-        return {
-            "training": {"sde": sde, "continuous": continuous},
-            "data": {"image_size": size, "centered": centred, "num_channels": 3},
-            "model": base | {"scale_by_sigma": sde == "vesde", "attn_resolutions": (16,)} | model,
-        }
-
-    ddpm = dict(name="ddpm", ch_mult=(1, 2, 2, 2), num_res_blocks=2, dropout=0.1)
-    plus = dict(name="ncsnpp", skip_rescale=True, resblock_type="biggan", progressive="none", progressive_combine="sum")
-    plus |= dict(fir_kernel=(1, 3, 3, 1), fourier_scale=16)
-    cifar = plus | dict(ch_mult=(1, 2, 2, 2), num_res_blocks=4, dropout=0.1)
-    ncsnpp = cifar | dict(fir=True, progressive_input="residual", embedding_type="positional")
-    ddpmpp = cifar | dict(fir=False, progressive_input="none", embedding_type="positional")
-    fourier, deep = dict(embedding_type="fourier"), dict(num_res_blocks=8)
-    found = {}
-    for family, sde in (("vp", "vpsde"), ("subvp", "subvpsde")):
-        for name, net in (("ncsnpp", ncsnpp), ("ddpmpp", ddpmpp)):
-            found[f"{family}/cifar10_{name}_continuous"] = options(sde, True, 32, True, **net)
-            found[f"{family}/cifar10_{name}_deep_continuous"] = options(sde, True, 32, True, **net | deep)
-    found["subvp/cifar10_ddpm_continuous"] = options("subvpsde", True, 32, True, **ddpm)
-    found["vp/ddpm/cifar10_continuous"] = options("vpsde", True, 32, True, **ddpm)
-    found["vp/ddpm/cifar10"] = options("vpsde", False, 32, True, **ddpm)
-    found["vp/cifar10_ncsnpp"] = options("vpsde", False, 32, True, **ncsnpp)
-    found["vp/cifar10_ddpmpp"] = options("vpsde", False, 32, True, **ddpmpp)
-    wide = ddpm | dict(ch_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
-    for name in ("bedroom", "celebahq", "church"):
-        found[f"vp/ddpm/{name}"] = options("vpsde", False, 256, True, **wide)
-    found["ve/cifar10_ncsnpp_continuous"] = options("vesde", True, 32, False, **ncsnpp | fourier)
-    found["ve/cifar10_ncsnpp_deep_continuous"] = options("vesde", True, 32, False, **ncsnpp | fourier | deep)
-    found["ve/cifar10_ncsnpp"] = options("vesde", False, 32, False, **ncsnpp)
-    found["ve/cifar10_ddpm"] = options("vesde", False, 32, False, **ddpm)
-    skips = plus | fourier | dict(fir=True, progressive="output_skip", progressive_input="input_skip", num_scales=2000)
-    large = skips | dict(ch_mult=(1, 1, 2, 2, 2, 2, 2), num_res_blocks=2)
-    for name, top in (("bedroom", 378), ("church", 380), ("celebahq_256", 348), ("ffhq_256", 348)):
-        found[f"ve/{name}_ncsnpp_continuous"] = options("vesde", True, 256, False, **large | dict(sigma_max=top))
-    huge = skips | dict(ch_mult=(1, 2, 4, 8, 16, 32, 32, 32), num_res_blocks=1, nf=16, sigma_max=1348)
-    for name in ("celebahq", "ffhq"):
-        found[f"ve/{name}_ncsnpp_continuous"] = options("vesde", True, 1024, False, **huge)
-    return found
-
-
-PUBLISHED = _published() | PUBLISHED_NCSN

@@ -12,6 +12,11 @@ Whatever is not in the table is refused by name, in the file as well as in the b
     record.class_name, record.init_kwargs     # 'EDMPrecond', {'img_resolution': 32, ...}
     weights = record.state_dict()             # {'model.map_layer0.weight': tensor(...), ...}
 
+Why this is kept, 650 lines for weights alone: the published networks of EDM and EDM2 exist as nothing but such pickles, and every
+other way to their weights, NVIDIA's own included, runs the source code that the file brings. A subclass of `pickle.Unpickler`
+would be shorter and would not do (see below). The two files of this room know nothing of the rest of the package but its checks
+of paths.
+
 Limits. Only weights and constructor arguments are recovered, not behaviour: the source code in the file is skipped
 over and a `Record` cannot be called. Options are plain dicts, without attribute access. EDM2's networks have no
 counterpart in this package; their weights are for a live network of your own, `net.load_state_dict(
@@ -33,7 +38,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from scoresde.interop.pickle_values import (
+from scoresde.interop.edm.snapshot_values import (
     GLOBALS,
     Global,
     Record,
@@ -50,6 +55,7 @@ from scoresde.interop.pickle_values import (
     shown,
     words,
 )
+from scoresde.store import as_path, check_regular
 
 NETWORK_KEYS = ("ema", "net")
 
@@ -62,11 +68,12 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     `FileNotFoundError` where there is no file and `ValueError` for a file that asks for anything but the contents of
     such a snapshot (naming it), for a damaged or truncated one and for other formats.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}; give the path of a downloaded .pkl of EDM or EDM2.")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of the .pkl file in it.")
+    check_regular(path)
     with open(path, "rb") as f:
         _look_at_start(f.read(64), path)
         f.seek(0)

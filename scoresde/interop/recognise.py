@@ -10,9 +10,10 @@ from typing import Any
 from scoresde.interop import edm, score_sde
 from scoresde.interop.diffusers import is_diffusers, load_diffusers
 from scoresde.interop.files import read_torch
-from scoresde.interop.hub import download, is_hub_id
+from scoresde.interop.ours import download, is_hub_id
+from scoresde.interop.strangers import stranger
 from scoresde.models.base import ScoreModel
-from scoresde.store import MODEL_FILE, load_model, read_tensors
+from scoresde.store import MODEL_FILE, as_path, check_regular, is_ours, load_model, read_tensors
 
 TORCH_FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar")
 
@@ -24,23 +25,24 @@ def load(path_or_hub_id: str | os.PathLike[str], *, config: Any = None) -> Score
     |---|---|---|
     | a model, checkpoint or training run of this package | `model.safetensors`, `checkpoints/` | none, it carries its own |
     | score_sde_pytorch | `checkpoint_N.pth`, or its folder | the original's options or published name; `config.json` beside it |
-    | diffusers | `model_index.json`, or a `config.json` that names a class | options of the scheduler, where it has none |
+    | diffusers | `model_index.json`, a `config.json` that names a class, a training script's folder | the scheduler's, if missing |
     | EDM | a snapshot `.pkl`, or a state dict | "edm" (default), "vp", "ve", "iddpm", or constructor arguments |
 
     A name such as "google/ddpm-cifar10-32" that is no path here is looked for on the Hugging Face hub. `config` is a dict, a
     JSON or YAML file, or a name. See `load_score_sde`, `load_diffusers`, `load_edm` for each kind.
 
-    Raises `FileNotFoundError` where there is nothing of that name, and `ValueError` for a damaged, foreign or newer file, one
-    with code in it, or options that do not fit the weights, saying what it is.
+    No random state of the process is touched. Raises `TypeError` for what is no path or name, `FileNotFoundError` where there is
+    nothing of that name, and `ValueError` for a damaged, foreign or newer file, one with code in it, or options that do not fit
+    the weights, saying what it is.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = as_path(path_or_hub_id, "path_or_hub_id")
     if not path.exists():
         if Path(path.parts[0] if path.parts else ".").is_dir() or path.suffix in (*TORCH_FILES, ".pkl", ".safetensors"):
             raise FileNotFoundError(f"there is no file or folder {path}; give a model's folder or its {MODEL_FILE}.")
         if not is_hub_id(str(path_or_hub_id)):
             raise FileNotFoundError(f"there is no file or folder {path}; give a model's folder or its {MODEL_FILE}.")
         path = download(str(path_or_hub_id))
-    return _from_folder(path, config) if path.is_dir() else _from_file(path, config)
+    return _from_folder(path, config) if path.is_dir() else _from_file(check_regular(path), config)
 
 
 def _from_folder(path: Path, config: Any) -> ScoreModel:
@@ -70,24 +72,15 @@ def _from_file(path: Path, config: Any) -> ScoreModel:
             return load_diffusers(path.parent, config)
         if edm.is_state(state):
             return edm.load_edm(path, config, state=state)
-        raise _unknown(path)
-    if path.suffix == ".safetensors":
-        tensors, header = read_tensors(path)
-        if header is None:
-            if is_diffusers(path.parent):
-                return load_diffusers(path.parent, config)
-            if edm.is_state(tensors):
-                return edm.load_edm(path, config)
-            raise _unknown(path)
+        raise stranger(path, state)
+    if path.suffix == ".safetensors" and not is_ours(path):
+        if is_diffusers(path.parent):
+            return load_diffusers(path.parent, config)
+        tensors, _ = read_tensors(path, foreign=True)
+        if edm.is_state(tensors):
+            return edm.load_edm(path, config)
+        raise stranger(path, tensors)
     return _own(path, config)
-
-
-def _unknown(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} was written by another program and is none of the kinds known here (score_sde_pytorch's checkpoint_N.pth, "
-        f"networks of EDM, folders of diffusers, {MODEL_FILE} of this package). Load it into its own network and wrap that by "
-        "WrappedNet; a pickled module is never loaded."
-    )
 
 
 def _own(path: Path, config: Any) -> ScoreModel:

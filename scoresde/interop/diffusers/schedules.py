@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from scoresde.interop.files import step_count
 from scoresde.models.network import NoiseLabel
 from scoresde.sde import SDE, VESDE, DiscreteVPSDE, RectifiedFlow
 
@@ -32,7 +33,7 @@ def betas_of(options: Mapping[str, Any]) -> np.ndarray:
         )
     if options.get("trained_betas") is not None:
         return np.asarray(options["trained_betas"], dtype=np.float64)
-    n = int(options.get("num_train_timesteps", 1000))
+    n = step_count(options.get("num_train_timesteps", 1000), "num_train_timesteps")
     first, last = float(options.get("beta_start", 1e-4)), float(options.get("beta_end", 0.02))
     kind = options.get("beta_schedule", "linear")
     if kind == "linear":
@@ -67,9 +68,9 @@ def process_of_scheduler(options: Mapping[str, Any] | None, fourier: bool, sourc
         except KeyError as e:
             raise ValueError(f"the scheduler of {source} lacks {e}, which a variance exploding process needs.") from e
         return sde, "scaled_score", NoiseLabel("log_sigma")
-    steps = int(options.get("num_train_timesteps", 1000))
     if name in FLOWS:
-        return RectifiedFlow(), "velocity", NoiseLabel("time", float(steps))
+        count = step_count(options.get("num_train_timesteps", 1000), "num_train_timesteps")
+        return RectifiedFlow(), "velocity", NoiseLabel("time", float(count))
     _refuse_schedule(options, name, source)
     prediction = options.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:

@@ -1,0 +1,134 @@
+"""Our samplers as a scheduler of diffusers, for its pipelines. Layer 4; importing this module needs diffusers.
+
+from scoresde.interop.diffusers.scheduler import SamplerScheduler
+
+pipeline.scheduler = SamplerScheduler.of(pipeline.scheduler, method="dpm++2m")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from scoresde.interop.diffusers.schedules import process_of_scheduler
+from scoresde.models.network import NoiseLabel, ScoreNet
+from scoresde.rng import RandomSource
+from scoresde.samplers import Sampler
+from scoresde.samplers.base import time_grid
+from scoresde.samplers.registry import sampler_for
+
+
+class _Said(nn.Module):
+    """A network whose answer is already there, once; a second question in the same step finds none."""
+
+    answer: Tensor | None = None
+
+    def forward(self, x: Tensor, label: Tensor, cond: Any = None) -> Tensor:
+        answer, self.answer = self.answer, None
+        if answer is None:
+            raise RuntimeError("this sampler evaluates its network more than once per step, which a scheduler cannot.")
+        return answer
+
+
+class SamplerScheduler(SchedulerMixin, ConfigMixin):
+    """`set_timesteps`, then one `step` per timestep with the network's output there, as diffusers' pipelines call them.
+
+    options: the configuration of the scheduler that the network was trained for (`pipeline.scheduler.config`), with its class
+        under "_class_name".
+    method: a name of `scoresde.METHODS` whose sampler evaluates the network once per step: "ddim", "dpm++2m", "dpm++3m",
+        "unipc2", "deis", "ipndm", "euler", "ancestral" and others.
+    sigma_data: rough standard deviation of the data, a scale for the methods on the angle path.
+
+    Timesteps are real numbers, on the method's own grid; networks with sinusoidal embeddings take them. Raises `ValueError` for
+    methods with more evaluations per step, and for schedules that are not known.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, options: Mapping[str, Any], method: str = "dpm++2m", sigma_data: float = 0.5):
+        self.sampler: Sampler = sampler_for(method)
+        if self.sampler.nfe_per_step != 1 or self.sampler.saved_at_zero or hasattr(self.sampler, "scheme"):
+            raise ValueError(
+                f"{method!r} does not evaluate its network once at the start of each step, which a scheduler needs; use "
+                "'ddim', 'dpm++2m', 'dpm++3m', 'unipc2', 'deis', 'ipndm', 'euler' or 'ancestral'."
+            )
+        fourier = str(options.get("_class_name", "")) == "ScoreSdeVeScheduler"
+        sde, kind, label = process_of_scheduler(options, fourier, "the scheduler")
+        if fourier:  # such networks divide by sigma themselves, and take it
+            kind, label = "score", NoiseLabel("sigma")
+        self.model = ScoreNet(_Said(), sde, kind, label=label, sigma_data=sigma_data)
+        self.init_noise_sigma = sde.prior_std
+        self.timesteps = torch.zeros(0)
+
+    @classmethod
+    def of(cls, scheduler: Any, method: str = "dpm++2m", sigma_data: float = 0.5) -> SamplerScheduler:
+        """One for the process of another scheduler of diffusers."""
+        return cls({**scheduler.config, "_class_name": type(scheduler).__name__}, method, sigma_data)
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Lay out the grid of so many steps, and one more evaluation where the method ends with the denoiser."""
+        self._times = time_grid(self.sampler, self.model, num_inference_steps)
+        asked = self._times if self.sampler.denoise_final else self._times[:-1]
+        self.timesteps = self.model.label(self.model.sde, asked).to(device=device, dtype=torch.float32)
+        self._asked = self.timesteps.tolist()
+        self._place, self._state, self._prepared = 0, None, None
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+        **unused: Any,
+    ) -> Any:
+        """The sample at the next time, as `.prev_sample` or in a tuple; to be called in the order of `timesteps`."""
+        if not len(self.timesteps):
+            raise ValueError("call set_timesteps before step.")
+        i, times = self._index(float(timestep)), self._times.tolist()
+        if self._prepared is None:
+            self._prepared = self.model.prepare(sample, self._times)
+            self._state = self.sampler.start(self._prepared, self._times)
+        self.model.net.answer = model_output
+        if i == len(times) - 1:
+            out = self._prepared.denoise(sample, times[i])
+        else:
+            noise = RandomSource(generator, sample.device, sample.shape[0])
+            out = self.sampler.step(self._prepared, sample, times[i], times[i + 1], self._state, noise, None)
+        self._place = i + 1
+        return SimpleNamespace(prev_sample=out) if return_dict else (out,)
+
+    def _index(self, timestep: float) -> int:
+        """Where in `timesteps` this one is: the next, or another one to start from, as image-to-image pipelines do."""
+        near = lambda i: abs(self._asked[i] - timestep) <= 1e-4 * max(1.0, abs(timestep))  # noqa: E731
+        i = self._place
+        if i < len(self._asked) and near(i):
+            return i
+        found = [k for k in range(len(self._asked)) if near(k)]
+        if not found or (i and self._prepared is not None and found[0] < i):
+            raise ValueError(
+                f"timestep {timestep:g} is not one of those to come, or all are done; call set_timesteps to start again."
+            )
+        self._prepared = None  # what a multistep method remembers ends here
+        return found[0]
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t for data x_0, unit noise and timesteps (B,) as in `timesteps`."""
+        label = self.model.label
+        if label.quantity != "time":
+            raise ValueError("add_noise is for processes whose timesteps are steps, not noise levels.")
+        return self.model.sde.perturb(original_samples, (timesteps.double() - label.shift) / label.scale, noise)
+
+    def __len__(self) -> int:
+        return int(self.config.options.get("num_train_timesteps", 1000))
