@@ -342,3 +342,147 @@ def test_damaged_and_missing_files(tmp_path):
     net.save_pretrained(tmp_path / "alone")
     with pytest.raises(ValueError, match=r"no scheduler_config\.json; give config=.*beta_start"):
         load_diffusers(tmp_path / "alone")
+
+
+# -- what the library's training script writes ------------------------------------------------------------------------
+
+EMA = dict(
+    decay=0.9999,
+    inv_gamma=1.0,
+    min_decay=0.0,
+    optimization_step=7,
+    power=0.75,
+    update_after_step=0,
+    use_ema_warmup=True,
+)
+
+
+def same_weights(a, b):
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def training_output(folder):
+    """Two checkpoints with a network, its average and the script's other files, as the script leaves them; the averages."""
+    averages = []
+    for step in (500, 1000):
+        place = folder / f"checkpoint-{step}"
+        unet(DDPM, seed=step).save_pretrained(place / "unet")
+        averages.append(unet(DDPM, seed=step + 1))
+        averages[-1].save_pretrained(place / "unet_ema")
+        config = json.loads((place / "unet_ema" / "config.json").read_text())
+        (place / "unet_ema" / "config.json").write_text(json.dumps(config | EMA))
+        torch.save({"step": 3}, place / "scheduler.bin")
+        (place / "random_states_0.pkl").write_bytes(b"\x80\x04}.")
+    return averages
+
+
+def test_folders_of_the_training_script(tmp_path):
+    """The newest checkpoint's average, of the run or of one checkpoint; once it is finished, the pipeline."""
+    averages = training_output(tmp_path)
+    schedule = {"beta_schedule": "linear"}
+    for path, average in ((tmp_path, averages[1]), (tmp_path / "checkpoint-500", averages[0])):
+        model = load(path, config=schedule)
+        x = images(average)
+        with torch.no_grad():
+            assert worst(noise_at_steps(model, x), average(x, STEPS).sample) < 1e-5
+        with pytest.raises(ValueError, match=r"no scheduler_config\.json"):
+            load(path)
+    raw = load(tmp_path / "checkpoint-500" / "unet", config=schedule)
+    assert not same_weights(raw.net, load(tmp_path / "checkpoint-500", config=schedule).net)
+    final = unet(DDPM, seed=77)
+    save(final, tmp_path)
+    x = images(final)
+    with torch.no_grad():
+        assert worst(noise_at_steps(load(tmp_path), x), final(x, STEPS).sample) < 1e-5
+    load(tmp_path / "checkpoint-1000")  # whose schedule is in the run's folder by now
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_half_precision_files(safe, tmp_path):
+    """Files of the fp16 variant load as float32; where there is one in full precision, it is taken."""
+    net = unet(DDPM)
+    folder = save(net.half(), tmp_path, safe=safe)
+    for file in (folder / "unet").glob("diffusion_pytorch_model.*"):
+        file.rename(file.with_name(file.name.replace("model.", "model.fp16.")))
+    model = load(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    net = net.float()
+    x = images(net)
+    with torch.no_grad():
+        assert worst(noise_at_steps(model, x), net(x, STEPS).sample) < 1e-5
+    full = unet(DDPM, seed=5)
+    full.save_pretrained(folder / "unet", safe_serialization=safe)
+    with torch.no_grad():
+        assert worst(noise_at_steps(load(folder), x), full(x, STEPS).sample) < 1e-5
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_weights_in_several_files(safe, tmp_path):
+    """With an index; a part that is missing, or a place outside the folder, is named."""
+    net = unet(DDPM)
+    net.save_pretrained(tmp_path / "unet", max_shard_size="40KB", safe_serialization=safe)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    kind = "safetensors" if safe else "bin"
+    index = tmp_path / "unet" / f"diffusion_pytorch_model.{kind}.index.json"
+    parts = sorted((tmp_path / "unet").glob(f"*.{kind}"))
+    assert index.is_file()
+    assert len(parts) > 2
+    x = images(net)
+    with torch.no_grad():
+        assert worst(noise_at_steps(load(tmp_path), x), net(x, STEPS).sample) < 1e-5
+    content = json.loads(index.read_text())
+    for place in ("../secret.safetensors", "/etc/passwd", 3):
+        bad = content["weight_map"] | {"conv_in.weight": place}
+        index.write_text(json.dumps(content | {"weight_map": bad}))
+        with pytest.raises(ValueError, match=r"index\.json is no index of weights"):
+            load(tmp_path)
+    index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"more": parts[0].name}}))
+    with pytest.raises(ValueError, match="names tensors that are not in its files: more"):
+        load(tmp_path)
+    index.write_text(json.dumps(content))
+    parts[0].unlink()
+    with pytest.raises(FileNotFoundError, match=parts[0].name):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_train_timesteps=10**8),
+        dict(num_train_timesteps=1e300),
+        dict(num_train_timesteps="x"),
+        dict(beta_end="x"),
+    ],
+    ids=str,
+)
+def test_schedules_of_absurd_size(options, tmp_path):
+    """Refused before a table is made, naming the file."""
+    folder = save(unet(DDPM), tmp_path)
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model"):
+        load(folder, config={"beta_schedule": "linear"} | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layers_per_block=10**6),
+        dict(block_out_channels=(20_000, 40_000)),
+        dict(num_class_embeds=10**10),
+        dict(in_channels=10**7, out_channels=10**7),
+        dict(norm_num_groups=0),
+        dict(attention_head_dim=[]),
+        dict(block_out_channels=None),
+        dict(sample_size=-8),
+    ],
+    ids=range(8),
+)
+def test_networks_of_absurd_size(options, tmp_path):
+    """Options that ask for more than the file holds are refused before memory is taken, naming the file."""
+    resource = pytest.importorskip("resource")
+    folder = save(unet(DDPM), tmp_path)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | options))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model"):
+        load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB

@@ -152,3 +152,94 @@ def test_starting_in_the_middle(unet):
     assert torch.equal(ours.step(out, ours.timesteps[2], x).prev_sample, expected)
     with pytest.raises(ValueError, match="not one of those to come"):
         ours.step(out, ours.timesteps[0], x)
+
+
+SCHEDULES = {
+    "v": dict(beta_start=0.001, beta_end=0.03, beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    "short": dict(num_train_timesteps=300, trained_betas=[1e-4 * (i + 1) for i in range(300)], clip_sample=False),
+    "cosine": dict(beta_schedule="squaredcos_cap_v2", prediction_type="sample", variance_type="fixed_large"),
+    "defaults": {},
+}
+
+
+def process(ours):
+    return ours.model.sde, ours.model.parameterization, ours.model.label
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["through files", "live"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_there_and_back(name, saved, tmp_path):
+    """DDPM, ours, DPM-Solver, ours, DDPM, by `from_config`: everywhere the schedule of the training."""
+    from scoresde.interop.diffusers.scheduler import SamplerScheduler
+
+    def kept(scheduler, folder):
+        if not saved:
+            return scheduler
+        scheduler.save_pretrained(tmp_path / folder)
+        return type(scheduler).from_pretrained(tmp_path / folder)
+
+    ddpm = kept(diffusers.DDPMScheduler(**SCHEDULES[name]), "a")
+    expected = process(SamplerScheduler.of(ddpm))
+    assert (expected[0].steps, expected[1]) == (
+        SCHEDULES[name].get("num_train_timesteps", 1000),
+        {"v": "v_prediction", "cosine": "denoise"}.get(name, "noise"),
+    )
+    ours = kept(SamplerScheduler.from_config(ddpm.config, method="ddim", sigma_data=0.7), "b")
+    assert process(ours) == expected
+    assert (ours.config.method, ours.model.sigma_data) == ("ddim", 0.7)
+    dpm = kept(diffusers.DPMSolverMultistepScheduler.from_config(ours.config), "c")
+    direct = kept(diffusers.DPMSolverMultistepScheduler.from_config(ddpm.config), "d")
+    assert torch.equal(dpm.betas, direct.betas)
+    assert torch.equal(dpm.betas, ddpm.betas)
+    for key in ("prediction_type", "num_train_timesteps", "trained_betas", "timestep_spacing", "algorithm_type"):
+        assert dpm.config[key] == direct.config[key], key
+    again = kept(SamplerScheduler.from_config(dpm.config), "e")
+    assert process(again) == expected
+    back = diffusers.DDPMScheduler.from_config(again.config)
+    assert torch.equal(back.betas, ddpm.betas)
+    assert back.config.prediction_type == ddpm.config.prediction_type
+
+
+def test_options_changed_between():
+    """A swap with another schedule is followed, not the first one's."""
+    from scoresde.interop.diffusers.scheduler import SamplerScheduler
+
+    ours = SamplerScheduler.of(diffusers.DDPMScheduler())
+    dpm = diffusers.DPMSolverMultistepScheduler.from_config(ours.config, beta_end=0.01, prediction_type="v_prediction")
+    sde, kind, _ = process(SamplerScheduler.from_config(dpm.config))
+    assert (sde.betas[-1], kind) == (pytest.approx(0.01), "v_prediction")
+    assert process(SamplerScheduler.from_config(ours.config, beta_end=0.03))[0].betas[-1] == pytest.approx(0.03)
+
+
+def test_other_kinds_there_and_back():
+    """Variance exploding and flow matching are told by their options; a kind that is not known is refused."""
+    from scoresde.interop.diffusers.scheduler import SamplerScheduler
+
+    ve = SamplerScheduler.from_config(diffusers.ScoreSdeVeScheduler(sigma_max=30.0).config)
+    assert (process(ve)[0].sigma_max, process(ve)[1]) == (30.0, "score")
+    flow = SamplerScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler().config)
+    assert process(flow)[1] == "velocity"
+    back = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow.config)
+    assert back.config.num_train_timesteps == 1000
+    for other in (diffusers.EDMEulerScheduler(), diffusers.IPNDMScheduler()):
+        with pytest.raises(ValueError, match=r"SamplerScheduler\.of"):
+            SamplerScheduler.from_config(other.config)
+
+
+def test_a_configuration_of_an_older_version():
+    """One that holds the original's options one level down only."""
+    from scoresde.interop.diffusers.scheduler import SamplerScheduler
+
+    inner = {"_class_name": "DDPMScheduler", "beta_end": 0.03}
+    old = {"_class_name": "SamplerScheduler", "options": inner, "method": "ddim", "sigma_data": 0.5}
+    ours = SamplerScheduler.from_config(old)
+    assert process(ours)[0].betas[-1] == pytest.approx(0.03)
+    assert ours.config.method == "ddim"
+
+
+def test_the_path_of_the_first_versions():
+    """`scoresde.interop.diffusers_scheduler` still has it."""
+    from scoresde.interop.diffusers.scheduler import SamplerScheduler
+    from scoresde.interop.diffusers_scheduler import SamplerScheduler as Same
+
+    assert Same is SamplerScheduler

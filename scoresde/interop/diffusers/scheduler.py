@@ -36,6 +36,22 @@ class _Said(nn.Module):
         return answer
 
 
+OWN = ("options", "method", "sigma_data")
+
+
+def _kind(options: Mapping[str, Any]) -> str:
+    """The name of a scheduler whose process these options describe, for those that come without one."""
+    if "beta_start" in options:
+        return "DDPMScheduler"
+    if {"snr", "sigma_max"} <= options.keys():
+        return "ScoreSdeVeScheduler"
+    if "shift" in options:
+        return "FlowMatchEulerDiscreteScheduler"
+    raise ValueError(
+        f"no schedule is known with the options {', '.join(options) or 'none'}; use SamplerScheduler.of(pipeline.scheduler)."
+    )
+
+
 class SamplerScheduler(SchedulerMixin, ConfigMixin):
     """`set_timesteps`, then one `step` per timestep with the network's output there, as diffusers' pipelines call them.
 
@@ -45,8 +61,10 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         "unipc2", "deis", "ipndm", "euler", "ancestral" and others.
     sigma_data: rough standard deviation of the data, a scale for the methods on the angle path.
 
-    Timesteps are real numbers, on the method's own grid; networks with sinusoidal embeddings take them. Raises `ValueError` for
-    methods with more evaluations per step, and for schedules that are not known.
+    Its configuration repeats the original's options, so other schedulers can be made of it, and it of theirs, by `from_config`,
+    with the schedule that the network was trained for. Timesteps are real numbers, on the method's own grid; networks with
+    sinusoidal embeddings take them. Raises `ValueError` for methods with more evaluations per step, and for schedules that are
+    not known.
     """
 
     order = 1
@@ -66,11 +84,32 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         self.model = ScoreNet(_Said(), sde, kind, label=label, sigma_data=sigma_data)
         self.init_noise_sigma = sde.prior_std
         self.timesteps = torch.zeros(0)
+        unset = [*self.config.get("_use_default_values", []), *options.get("_use_default_values", [])]
+        theirs = {k: v for k, v in options.items() if not k.startswith("_") and k not in OWN}
+        self.register_to_config(**theirs, _use_default_values=unset)
 
     @classmethod
     def of(cls, scheduler: Any, method: str = "dpm++2m", sigma_data: float = 0.5) -> SamplerScheduler:
         """One for the process of another scheduler of diffusers."""
         return cls({**scheduler.config, "_class_name": type(scheduler).__name__}, method, sigma_data)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Any:
+        """One for the process of another scheduler's configuration, or of its own; `changes` replace entries of it.
+
+        Raises `ValueError` for configurations of a kind that is not known.
+        """
+        changed = {**config, **changes}
+        inner = dict(changed.get("options") or {})
+        theirs = {k: v for k, v in changed.items() if k not in OWN and not k.startswith("_")}
+        name = changed.get("_class_name")
+        if name in (None, cls.__name__):  # the original's name, if it came through one of ours
+            name = inner.get("_class_name") or _kind(theirs)
+        if "_use_default_values" in config:
+            theirs["_use_default_values"] = config["_use_default_values"]
+        own = {k: changed[k] for k in ("method", "sigma_data") if k in changed}
+        made = cls({**inner, **theirs, "_class_name": name}, **own)
+        return (made, {}) if return_unused_kwargs else made
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Lay out the grid of so many steps, and one more evaluation where the method ends with the denoiser."""

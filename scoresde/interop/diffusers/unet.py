@@ -13,6 +13,16 @@ from scoresde.interop.files import Weights
 from scoresde.nets.unet import UNet
 
 Names = Iterator[tuple[str, Tensor]]
+WHOLE = (
+    "in_channels",
+    "out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "norm_num_groups",
+    "attn_norm_num_groups",
+    "time_embedding_dim",
+    "num_class_embeds",
+)
 
 _KINDS = {
     "DownBlock2D": (False, False),
@@ -128,6 +138,9 @@ def _resampling(blocks: list[str], attention_type: str) -> set[str]:
 
 def _refuse(get: Any, skip: bool, scale: str) -> None:
     """`ValueError` for options that our `UNet` has no counterpart of."""
+    for name in WHOLE:
+        if get(name) is not None and (type(get(name)) is not int or get(name) < 1):
+            raise ValueError(f"{name} of a UNet2DModel must be a whole number of at least 1, got {get(name)!r}.")
     mid = get("mid_block_scale_factor")
     checks = (
         ("act_fn", get("act_fn") in ("silu", "swish")),
