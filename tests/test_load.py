@@ -114,7 +114,10 @@ def test_what_is_none_of_these(tmp_path):
         with pytest.raises(ValueError, match=rf"{name} was written by another program .*WrappedNet"):
             load(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty holds no scoresde model"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no scoresde model.*Nor is it .*It is empty"):
+        load(tmp_path / "empty")
+    (tmp_path / "empty" / "model-10.pt").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"In it are model-10\.pt; give the file that you mean"):
         load(tmp_path / "empty")
     for name in ("nothing", "a/b/c", "/no/where", "../x.pt"):
         with pytest.raises(FileNotFoundError, match=rf"there is no file or folder {re.escape(name)}; give a model's"):
@@ -202,6 +205,11 @@ def test_wanted_files():
     assert hub.wanted_files(flat) == flat
     ours = ["config.json", "model.safetensors"]
     assert hub.wanted_files([*ours, "notes.txt"]) == ours
+    half = ["unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert hub.wanted_files([*half, "unet/diffusion_pytorch_model.fp16.bin"]) == half
+    parts = [f"unet/diffusion_pytorch_model{s}" for s in ("-00001-of-00002.safetensors", "-00002-of-00002.safetensors")]
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    assert hub.wanted_files([*parts, index, *half, "unet/diffusion_pytorch_model.bin"]) == [*parts, index, half[0]]
 
 
 class Hub:

@@ -190,6 +190,24 @@ def test_own_classes(tmp_path):
         load(tmp_path)
 
 
+def test_classes_that_compute_when_they_are_made(tmp_path):
+    """What reads its own numbers in the constructor cannot be sketched without memory, and loads all the same."""
+
+    @store.register
+    class Reads(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.line = nn.Linear(3, 3)
+            self.width = int(self.line.weight.abs().sum().item() * 0) + width
+
+        def forward(self, x, label, cond=None):
+            return self.line(x)
+
+    model = ScoreNet(Reads(4), VPSDE())
+    store.save_model(model, tmp_path)
+    same_outputs(load(tmp_path), model, (3,))
+
+
 def test_names_are_not_taken_twice():
     """Neither from the package nor from another class; the same class, defined again, takes its place."""
 

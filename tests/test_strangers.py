@@ -177,6 +177,20 @@ def test_many_tensors_on_one_memory(tmp_path):
     refused(lambda: read_torch(tmp_path / "x.pth"), "stands on less memory")
 
 
+class Bytes:
+    """Unpickled, 10 GB of zeros."""
+
+    def __reduce__(self):
+        return bytearray, (10**10,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory_out_of_a_number(zipped, tmp_path):
+    """What a restricted pickle may still call could take any memory; the one such call is refused unseen."""
+    torch.save({"model": Bytes()}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    refused(lambda: load(tmp_path / "x.pth"), r"x\.pth holds more than tensors and was refused: a bytearray")
+
+
 def test_sizes_that_a_pickle_makes_up(tmp_path):
     """A storage that claims more entries than the archive holds is no way to read other memory."""
     torch.save({"w": torch.arange(1000.0)}, tmp_path / "x.pth")

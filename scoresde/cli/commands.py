@@ -330,7 +330,7 @@ def info(model: str | None = None, config: str | None = None) -> None:
         print(f"CUDA device: {cuda}\nmethods: {', '.join(METHODS)}\nSDEs: {', '.join(SDES)}")
         return
     net = load(model, config=config)
-    print(json.dumps(describe(net), indent=2))
+    print(json.dumps({"version": __version__, "model": describe(net)}, indent=2))
     print(f"parameters: {sum(p.numel() for p in net.parameters()):,}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import mmap
 import numbers
 import os
 import pickle
+import re
 import threading
 import types
 import zipfile
@@ -38,6 +40,9 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     try:
         if zipped:
             _check_archive(path)
+        elif path.stat().st_size:
+            with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                _check_text(content, path)
         with _LOCK, torch.serialization.safe_globals(_absent(_numpy_scalar())):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except RefusedFileError:
@@ -68,6 +73,18 @@ def _check_archive(path: Path) -> None:
         raise RefusedFileError(
             f"{path} has {size:,} bytes and unpacks to {promised:,}, or is compressed, as no file of torch.save is. It was not "
             "unpacked. If it should be a checkpoint, unpack it and save its tensors again."
+        )
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_text(archive.read(entry), path)
+
+
+def _check_text(content: bytes | mmap.mmap, path: Path) -> None:
+    """Of what torch lets a pickle call one thing makes memory out of a number."""
+    if re.search(rb"c(__builtin__|builtins)\nbytearray\n", content):
+        raise RefusedFileError(
+            f"{path} holds more than tensors and was refused: a bytearray. Nothing in it was executed."
         )
 
 

@@ -57,7 +57,14 @@ def _from_folder(path: Path, config: Any) -> ScoreModel:
             return load_diffusers(path, config)
         if any((path / name).is_file() for name in edm.STATE_FILES) or any(path.glob("*.pkl")):
             return edm.load_edm(path, config)
-    return _own(path, config)
+    try:
+        return _own(path, config)
+    except FileNotFoundError as e:
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:6])
+        raise FileNotFoundError(
+            f"{e} Nor is it a folder of score_sde_pytorch (checkpoint_N.pth), diffusers (model_index.json) or EDM (state.pt, "
+            f"*.pkl). {f'In it are {there}; give the file that you mean.' if there else 'It is empty.'}"
+        ) from e
 
 
 def _from_file(path: Path, config: Any) -> ScoreModel:

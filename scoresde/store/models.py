@@ -241,6 +241,7 @@ def load_samplers(path: str | os.PathLike[str]) -> dict[int, FewStep]:
             warnings.warn(
                 f"{file} does not say which model it was tuned on; tune again if the model has changed.", stacklevel=2
             )
+        sampler.model_sha256 = meant
         found[sampler.default_steps] = sampler
     return dict(sorted(found.items()))
 
