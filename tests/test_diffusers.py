@@ -412,6 +412,8 @@ def test_half_precision_files(safe, tmp_path):
         assert worst(noise_at_steps(model, x), net(x, STEPS).sample) < 1e-5
     full = unet(DDPM, seed=5)
     full.save_pretrained(folder / "unet", safe_serialization=safe)
+    (half,) = (folder / "unet").glob("*.fp16.*")
+    assert same_weights(load(half).net, model.net)  # the file itself, where it is asked for
     with torch.no_grad():
         assert worst(noise_at_steps(load(folder), x), full(x, STEPS).sample) < 1e-5
 
@@ -430,6 +432,7 @@ def test_weights_in_several_files(safe, tmp_path):
     x = images(net)
     with torch.no_grad():
         assert worst(noise_at_steps(load(tmp_path), x), net(x, STEPS).sample) < 1e-5
+    assert same_weights(load(parts[1]).net, load(tmp_path).net)
     content = json.loads(index.read_text())
     for place in ("../secret.safetensors", "/etc/passwd", 3):
         bad = content["weight_map"] | {"conv_in.weight": place}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scoresde.interop import edm, score_sde
-from scoresde.interop.diffusers import is_diffusers, load_diffusers
+from scoresde.interop.diffusers import is_diffusers, is_weights, load_diffusers
 from scoresde.interop.files import read_torch
 from scoresde.interop.ours import download, is_hub_id
 from scoresde.interop.strangers import stranger
@@ -75,14 +75,14 @@ def _from_file(path: Path, config: Any) -> ScoreModel:
         state = read_torch(path)
         if score_sde.is_checkpoint(state):
             return score_sde.load_score_sde(path, config, state=state)
-        if is_diffusers(path.parent):
-            return load_diffusers(path.parent, config)
+        if is_weights(path):
+            return load_diffusers(path, config)
         if edm.is_state(state):
             return edm.load_edm(path, config, state=state)
         raise stranger(path, state)
     if path.suffix == ".safetensors" and not is_ours(path):
-        if is_diffusers(path.parent):
-            return load_diffusers(path.parent, config)
+        if is_weights(path):
+            return load_diffusers(path, config)
         tensors, _ = read_tensors(path, foreign=True)
         if edm.is_state(tensors):
             return edm.load_edm(path, config)

@@ -68,7 +68,8 @@ def stranger(path: Path, state: Any) -> ValueError:
 def _error(path: Path, what: str, advice: str) -> ValueError:
     return ValueError(
         f"{path} was written by another program and is {what}. It cannot be loaded by itself. {advice} Loaded are "
-        "score_sde_pytorch's checkpoint_N.pth, networks of EDM, folders of diffusers and model.safetensors of this package; a pickled module never is."
+        "score_sde_pytorch's checkpoint_N.pth, networks of EDM, folders of diffusers and model.safetensors of this package; a "
+        "pickled module never is."
     )
 
 

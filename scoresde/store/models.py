@@ -32,20 +32,14 @@ def save_model(model: ScoreModel, folder: str | os.PathLike[str], samplers: Iter
     there is no space, which leaves the old files.
     """
     folder = as_path(folder, "folder")
-    tensors = _tensors_of(model)
-    header = {"format": FORMAT, "version": __version__, "model": describe(model), "buffers": _unsaved_buffers(model)}
-    write_tensors(folder / MODEL_FILE, tensors, header)
+    options: dict[str, Tensor] = {}
+    header = {"format": FORMAT, "version": __version__, "model": describe(model, options)}
+    header["buffers"] = _unsaved_buffers(model)
+    write_tensors(folder / MODEL_FILE, model.state_dict() | options, header)
     write_json(folder / CONFIG_FILE, header)
     for sampler in samplers:
         save_sampler(sampler, folder)
     return folder
-
-
-def _tensors_of(model: ScoreModel) -> dict[str, Tensor]:
-    """What the file of a model holds: its weights by name, and the tensors among its options."""
-    options: dict[str, Tensor] = {}
-    describe(model, options)
-    return model.state_dict() | options
 
 
 def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
@@ -56,7 +50,9 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
 
 def model_digest(model: ScoreModel) -> str:
     """SHA-256 of a model's weights and of the tensors among its options, as hex digits: which model this is."""
-    return digest(_tensors_of(model))
+    options: dict[str, Tensor] = {}
+    describe(model, options)
+    return digest(model.state_dict() | options)
 
 
 def load_model(path: str | os.PathLike[str]) -> ScoreModel:

@@ -53,7 +53,7 @@ T = TypeVar("T", bound=type)
 
 def register(
     cls: T | None = None, *, name: str | None = None, options: Callable[[Any], Mapping[str, Any]] | None = None
-):
+) -> Any:
     """Make a class of your own known to `save_pretrained` and `load`; a decorator, with or without arguments.
 
     name: what files call it, by default the class's name. options: a function of an object that returns the arguments to make it

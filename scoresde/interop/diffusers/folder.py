@@ -40,7 +40,7 @@ AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "use_
 
 
 def load_diffusers(path: str | os.PathLike[str], config: Any = None) -> ScoreNet:
-    """The model in a pipeline's folder, in the folder of its `unet` or `transformer`, or in one of its training script.
+    """The model in a pipeline's folder, in that of its `unet` or `transformer`, of its training script, or a file of weights.
 
     Of a training script's output the finished pipeline is taken, or else the newest `checkpoint-N`; in a checkpoint the averaged
     weights (`unet_ema`), where there are any. Weights may be in one file or several with an index, in half precision too, which
@@ -54,9 +54,10 @@ def load_diffusers(path: str | os.PathLike[str], config: Any = None) -> ScoreNet
     are not supported, and weights that do not fit the options.
     """
     path = as_path(path)
-    folder = model_folder(path)
+    folder = model_folder(path.parent if path.is_file() else path)
     options = {k: v for k, v in read_config(folder / "config.json").items() if k not in AVERAGE}
-    tensors, source = _read_weights(folder)
+    whole = path.is_file() and not re.search(r"-\d{5}-of-\d{5}", path.name)
+    tensors, source = (_read_part(path), str(path)) if whole else _read_weights(folder)
     fourier = options.get("time_embedding_type") == "fourier"
     scheduler = _scheduler(path, folder) if config is None else read_config(config)
     weights = Weights(tensors, source)
@@ -151,6 +152,11 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 
 def _is_network(folder: Path) -> bool:
     return (folder / "config.json").is_file()
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file lies beside the options of a network of diffusers."""
+    return _is_network(path.parent) and "_class_name" in read_config(path.parent / "config.json")
 
 
 def _checkpoints(path: Path) -> list[Path]:
