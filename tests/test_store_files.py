@@ -72,6 +72,27 @@ def test_one_flipped_bit_is_noticed(kind, tuned, tmp_path):
     read()
 
 
+def test_a_flipped_bit_in_the_options_of_a_training(tmp_path):
+    """training.json, which holds step, options and curves, is covered by the file of tensors beside it."""
+    from scoresde.train import checkpoint
+
+    model = mlp_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    progress = checkpoint.Progress(step=7, history=[{"step": 7.0, "loss": 0.123456}])
+    checkpoint.save(tmp_path, model, model, optimizer, progress, {"lr": 1e-3, "seed": 3})
+    saved, problems = checkpoint.read_latest(tmp_path)
+    assert (saved.progress, saved.options, problems) == (progress, {"lr": 1e-3, "seed": 3}, [])
+    path = tmp_path / "checkpoints" / "step-00000007" / "training.json"
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        saved, problems = checkpoint.read_latest(tmp_path)
+        if saved is None:
+            assert "step-00000007" in problems[0]
+        else:  # a space that became another one, or the end of the line
+            assert (saved.progress, saved.options) == (progress, {"lr": 1e-3, "seed": 3})
+
+
 def test_files_without_a_digest_say_so(tmp_path):
     """What an older version wrote is read with a warning; in a file of this version the digest may not be missing."""
     from safetensors.torch import save_file

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scoresde.models.base import ScoreModel
-from scoresde.store import load_weights, read_tensors, save_model, write_json, write_tensors
+from scoresde.store import digest, load_weights, read_tensors, save_model, write_json, write_tensors
 
 KEEP = 2
 
@@ -57,17 +57,15 @@ def save(
         for i, moments in optimizer.state_dict()["state"].items()
         for k, v in moments.items()
     }
-    write_tensors(draft / "training.safetensors", tensors)
-    write_json(
-        draft / "training.json",
-        {
-            "options": options,
-            "step": progress.step,
-            "seconds": progress.seconds,
-            "cpu_seconds": progress.cpu_seconds,
-            "history": progress.history,
-        },
-    )
+    about = {
+        "options": options,
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "cpu_seconds": progress.cpu_seconds,
+        "history": progress.history,
+    }
+    write_tensors(draft / "training.safetensors", tensors, {"about_sha256": digest({}, about)})
+    write_json(draft / "training.json", about)
     shutil.rmtree(target, ignore_errors=True)  # only there if it was found damaged
     os.replace(draft, target)
     for old in folders(run)[KEEP:]:
@@ -108,9 +106,11 @@ def read_latest(run: Path) -> tuple[Saved | None, list[str]]:
     problems: list[str] = []
     for folder in folders(run):
         try:
-            tensors, _ = read_tensors(folder / "training.safetensors")
+            tensors, said = read_tensors(folder / "training.safetensors")
             average, _ = read_tensors(folder / "model.safetensors")
             meta = json.loads((folder / "training.json").read_text())
+            if said is not None and said["about_sha256"] != digest({}, meta):
+                raise ValueError("training.json is not as it was written")
             options = meta.pop("options")
             return Saved(folder, Progress(**meta), options, tensors, average), problems
         except (OSError, ValueError, KeyError, TypeError) as e:
