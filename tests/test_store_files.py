@@ -138,6 +138,18 @@ def test_a_sampler_of_another_model_is_refused(tuned, tmp_path):
         store.load_samplers(tmp_path)
 
 
+def test_a_sampler_that_knows_its_model(tuned, tmp_path):
+    """What is loaded says which model it is for, and is not written beside another one."""
+    model, sampler = tuned
+    store.save_model(model, tmp_path / "a", [sampler])
+    (loaded,) = store.load_samplers(tmp_path / "a").values()
+    assert loaded.model_sha256 == store.model_digest(model)
+    store.save_sampler(loaded, tmp_path / "a")
+    store.save_model(mlp_model(), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"tuned on another model than the one in .*b; tune"):
+        store.save_sampler(loaded, tmp_path / "b")
+
+
 def test_a_sampler_of_an_older_version(tuned, tmp_path):
     """It does not say whose it is: it is found, with a warning."""
     store.save_model(tuned[0], tmp_path)
@@ -268,6 +280,8 @@ def test_pipes_and_devices(name, tmp_path):
 ABSURD = [
     part("net", {"name": "MLP", "options": {"dim": 3, "depth": 10**6}}),
     part("net", {"name": "MLP", "options": {"dim": 3, "width": 10**6}}),
+    part("net", {"name": "MLP", "options": {"dim": 3, "width": 10**10}}),
+    part("net", {"name": "MLP", "options": {"dim": 3, "width": 2**70}}),
     part("net", {"name": "MLP", "options": {"dim": 3, "classes": 10**12}}),
     part("net", {"name": "UNet", "options": {"in_channels": 3, "out_channels": 3, "size": (8, 8), "blocks": 10**6}}),
     part("net", {"name": "UNet", "options": {"in_channels": 3, "out_channels": 3, "size": (8, 8), "width": 20_000}}),

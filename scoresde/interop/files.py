@@ -42,6 +42,8 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
             _check_archive(path)
         elif path.stat().st_size:
             with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content[:2] == b"PK":
+                    raise ValueError("an archive without its directory")
                 _check_text(content, path)
         with _LOCK, torch.serialization.safe_globals(_absent(_numpy_scalar())):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

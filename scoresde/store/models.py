@@ -133,7 +133,7 @@ def _built(description: Any, options: dict[str, Tensor], tensors: dict[str, Tens
         with on_meta(len(tensors)):
             sketch = build(description, options, source=source, meta=True)
         _check_fit(sketch, tensors, source)
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:
         pass  # a registered class that computes with its weights when it is made, which on meta it cannot
     model = build(description, options, source=source)
     if not isinstance(model, ScoreModel) or not isinstance(model.sde, SDE):

@@ -205,16 +205,18 @@ def build(
 ) -> Any:
     """An object from `describe`'s answer and the tensors that it collected.
 
-    meta: make networks on the meta device, with shapes but without memory. Only known names are made, none is looked up anywhere
+    meta: make networks on the meta device, with shapes but without memory; a `RuntimeError` is then let through where a registered
+    class is among them, which may not be made so. Only known names are made, none is looked up anywhere
     else. Raises `ValueError` naming `source` where the description is damaged, names an unknown class, or holds options that its
     classes refuse.
     """
     if not isinstance(description, Mapping) or "name" not in description:
         raise ValueError(f"{source} does not describe a scoresde model: it has no name and options.")
+    reader = _Reader(tensors or {}, meta)
     try:
-        return _Reader(tensors or {}, meta).value(description, "", 0)
+        return reader.value(description, "", 0)
     except Exception as e:  # whatever a constructor raises for options of the wrong kind
-        if meta and isinstance(e, (RuntimeError, NotImplementedError)):
+        if meta and reader.registered and isinstance(e, RuntimeError):
             raise
         raise ValueError(
             f"{source} does not describe a scoresde model that can be built ({type(e).__name__}: {e})."
@@ -226,6 +228,7 @@ class _Reader:
         self.tensors, self.meta = tensors, meta
         self.made: dict[str, Any] = {}
         self.known = classes()
+        self.registered = False
 
     def value(self, value: Any, path: str, depth: int) -> Any:
         if depth > 2 * _DEPTH:
@@ -276,6 +279,7 @@ class _Reader:
                 "scoresde.store.register before loading"
             )
         cls = self.known[name]
+        self.registered |= name in _registered
         values = {k: self.value(v, f"{path}.{k}".lstrip("."), depth + 1) for k, v in options.items()}
         network = issubclass(cls, nn.Module) and not issubclass(cls, (ScoreModel, SDE))
         with torch.device("meta" if self.meta and network else "cpu"):
