@@ -2,7 +2,13 @@
 
 import hashlib
 import io
+import os
+import struct
+import subprocess
+import sys
 import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scoresde.data import AUGMENTATION_DIM, SPLITS, Images, augmented, digits, load_images
+import scoresde
+from scoresde.data import AUGMENTATION_DIM, SPLITS, Images, augmented, digits, files, load_images
 
 # -- digits ----------------------------------------------------------------------------------------------------------
 
@@ -375,3 +382,162 @@ def test_written_npz_reads_back(tmp_path):
     np.savez_compressed(buffer, images=k.numpy().astype(np.uint8))
     (tmp_path / "samples.npz").write_bytes(buffer.getvalue())
     assert torch.equal(load_images(str(tmp_path / "samples.npz"), 17).values, k)
+
+
+# -- files that are not what they say --------------------------------------------------------------------------------
+
+
+def memory_of(code, limit=2 * 2**30):
+    """Exit code and last line of standard error of Python code in a process that may take `limit` bytes beside torch's."""
+    guard = (
+        f"import resource, scoresde.data as d, numpy\nresource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", guard + code],
+        env={**os.environ, "PYTHONPATH": str(Path(scoresde.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def npy(shape, dtype="|u1", content=b""):
+    """A member of an archive whose header promises `shape`."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+def archive(path, compression=zipfile.ZIP_STORED, **members):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_another_format_behind_an_ending(tmp_path, monkeypatch, suffix):
+    """PostScript named .png does not reach the program that draws it; no format but the five is opened."""
+    from PIL import EpsImagePlugin
+
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / f"a.{suffix}").write_bytes(page)
+    with Image.open(tmp_path / f"a.{suffix}") as image:
+        assert image.format == "EPS"  # the image library alone would take it
+    with pytest.raises(ValueError, match=rf"a\.{suffix} is not a readable image"):
+        load_images(str(tmp_path))
+    assert started == []
+    (tmp_path / f"a.{suffix}").unlink()
+    Image.fromarray(pixels(4, 4)).save(tmp_path / f"b.{suffix}", format="GIF")
+    with pytest.raises(ValueError, match=rf"b\.{suffix} is not a readable image"):
+        load_images(str(tmp_path))
+
+
+def test_pipes_and_devices(tmp_path):
+    """They are not opened: a pipe would wait for ever for someone to write."""
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "a.npz", tmp_path / "folder" / "a.png"):
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match=rf"{path.name} is not a regular file"):
+            load_images(str(path if path.suffix == ".npz" else path.parent), 256)
+    (tmp_path / "zero.npz").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"zero\.npz is not a regular file"):
+        load_images(str(tmp_path / "zero.npz"), 256)
+
+
+def test_an_archive_that_unpacks_to_gigabytes(tmp_path):
+    """Headers of 4 GB, 200 MB in 0.2 MB, and headers that promise more than is there: refused before memory is taken."""
+    huge = archive(tmp_path / "huge.npz", **{"images.npy": npy((70_000, 240, 240), content=bytes(100))})
+    code, line = memory_of(f"d.load_images({huge!r}, 256)")
+    assert code == 1
+    assert "promises 4,032,000,000 numbers; at most 536,870,912" in line
+    small = tmp_path / "small.npz"
+    np.savez_compressed(small, images=np.zeros((200, 1000, 1000), np.uint8))
+    with pytest.raises(ValueError, match=r"unpacks 19\d,\d{3} bytes to 200,000,128, more than 100 times"):
+        load_images(str(small), 256)
+    promise = archive(tmp_path / "promise.npz", **{"images.npy": npy((500_000, 32, 32), content=b"1234")})
+    with pytest.raises(
+        ValueError, match=r"promise\.npz is not a readable .npz file \(images\.npy has 132 bytes and announces"
+    ):
+        load_images(promise, 256)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"images.npy": npy((2,), "|O")}, "pickled Python objects"),
+        ({"images.npy": b"no array"}, "not a readable"),
+        ({"images.npy": b""}, "not a readable"),
+        ({"images.npy": b"\x93NUMPY\x09\x00" + bytes(200)}, "version"),
+        ({"images.npy": npy("(2, 'a', 3)")}, "not a readable"),
+        ({"images.npy": npy((-2, 4, 4))}, "not a readable"),
+        ({"images.npy": npy("__import__('os').getpid()")}, "not a readable"),
+        ({"images/": b"", "x.npy/": b""}, "holds nothing"),
+        ({"images": b"raw"}, "holds nothing"),
+        ({"images.npy": npy((2, 4, 4), "|V1", bytes(32))}, "must hold integers"),
+        ({"images.npy": npy("(2, 4, 4)", "nonsense", bytes(32))}, "not a readable"),
+    ],
+    ids=str,
+)
+def test_odd_members(tmp_path, members, message):
+    """Objects, folders, foreign members and broken headers: one line that names the file."""
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        load_images(archive(tmp_path / "odd.npz", **members), 5)
+    assert "odd.npz" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_encrypted_or_unknown_archive(tmp_path):
+    """A member with a password, or packed in a way that is not known."""
+    path = tmp_path / "a.npz"
+    saved(path, images=ramp(3, 2, 2))
+    for offset, value in ((6, 1), (8, 99)):  # flags, method of compression
+        whole = bytearray(path.read_bytes())
+        for mark, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+            whole[whole.index(mark) + offset + shift] = value
+        (tmp_path / "odd.npz").write_bytes(whole)
+        with pytest.raises(ValueError, match=r"odd\.npz is not a readable"):
+            load_images(str(tmp_path / "odd.npz"), 5)
+
+
+def test_images_that_promise_gigabytes(tmp_path):
+    """PNG and TIFF headers of 100,000 x 100,000 and of 20,000 x 20,000 pixels: refused with a process' memory of 2 GiB."""
+    for side in (100_000, 20_000):
+        head = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+        content = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + head + zlib.crc32(head).to_bytes(4, "big")
+        data = b"IDAT" + zlib.compress(bytes(100))
+        content += (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+        tags = [
+            (256, 4, side),
+            (257, 4, side),
+            (258, 3, 8),
+            (259, 3, 1),
+            (262, 3, 1),
+            (273, 4, 8),
+            (278, 4, side),
+            (279, 4, side**2 % 2**32),
+        ]
+        tiff = b"II*\0" + (8).to_bytes(4, "little") + len(tags).to_bytes(2, "little")
+        tiff += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4)
+        for name, whole in (("a.png", content), ("a.tif", tiff)):
+            (tmp_path / name).write_bytes(whole)
+            code, line = memory_of(f"d.load_images({str(tmp_path)!r})")
+            (tmp_path / name).unlink()
+            assert code == 1
+            assert line.startswith("ValueError: ")
+            assert name in line
+
+
+def test_many_large_images_are_too_many(tmp_path, monkeypatch):
+    """The size of the first times their number is looked at before the second is read."""
+    monkeypatch.setattr(files, "MAX_VALUES", 200)
+    for i in range(13):
+        Image.fromarray(pixels(4, 4)).save(tmp_path / f"{i:02d}.png")
+    with pytest.raises(ValueError, match=r"13 images of .* promises 208 numbers; at most 200"):
+        load_images(str(tmp_path))
+    (tmp_path / "12.png").unlink()
+    assert len(load_images(str(tmp_path))) == 12

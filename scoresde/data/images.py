@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.data.files import check_size, read_image, read_npz
 
 SPLITS = ("train", "validation", "test")
 DIGITS_SIZES = (1300, 200, 297)
@@ -63,7 +62,8 @@ def load_images(source: str, levels: int | None = None) -> Images:
 
     `levels` is 256 for image files and must be given for .npz files. An .npz array is (N, h, w), (N, c, h, w) or
     (N, h, w, 3), of integers. Raises `FileNotFoundError`, `TypeError` for floats, and `ValueError` naming the file
-    that is empty, damaged, or of another size than the first.
+    that is empty, damaged, no regular file, of another size than the first, or too large (2**29 numbers in all; an archive that
+    unpacks to 100 times its size): headers are looked at before memory is taken.
     """
     head, _, tail = source.partition(":")
     if head == "digits":
@@ -86,25 +86,7 @@ def load_images(source: str, levels: int | None = None) -> Images:
 
 
 def _npz(path: Path, key: str, levels: int) -> Images:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = list(archive)
-            if not key and len(names) != 1 and "images" not in names:
-                raise KeyError(
-                    f"{path} holds {', '.join(names) or 'nothing'}; name one, as {path}:{names[0] if names else 'KEY'}"
-                )
-            key = key or ("images" if "images" in names else names[0])
-            if key not in names:
-                raise KeyError(f"{path} has no array {key!r}; it holds {', '.join(names)}")
-            array = archive[key]
-    except KeyError as e:
-        raise ValueError(f"{e.args[0]}.") from e
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as e:
-        raise ValueError(f"{path} is not a readable .npz file ({e}).") from e
-    if array.dtype.kind not in "ui":
-        raise TypeError(
-            f"{path}:{key} must hold integers 0..{levels - 1}, got dtype {array.dtype}; store the raw pixels."
-        )
+    key, array = read_npz(path, key)
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
@@ -115,25 +97,18 @@ def _npz(path: Path, key: str, levels: int) -> Images:
 
 
 def _folder(path: Path, levels: int) -> Images:
-    from PIL import Image, UnidentifiedImageError
-
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{path} holds no image files ({', '.join(SUFFIXES)}).")
     arrays: list[np.ndarray] = []
     for file in files:
-        try:
-            with Image.open(file) as image:
-                opaque = image.mode == "RGBA" and image.getextrema()[3][0] == 255
-                if image.mode not in ("1", "L", "P", "RGB") and not opaque:
-                    raise ValueError(f"mode {image.mode}; convert it to 8-bit grey or RGB, or store the data as .npz")
-                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, ValueError) as e:
-            raise ValueError(f"{file} is not a readable image ({e}); remove or replace it.") from e
+        array = read_image(file)
         array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
         if arrays and array.shape != arrays[0].shape:
             raise ValueError(
                 f"{file} has shape {array.shape}, the first image {arrays[0].shape}; all must be of one size."
             )
+        if not arrays:
+            check_size(len(files) * array.size, f"{path} with {len(files)} images of {array.shape}")
         arrays.append(array)
     return Images(torch.from_numpy(np.stack(arrays).astype(np.int64)), levels, path.name)
