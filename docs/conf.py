@@ -112,7 +112,7 @@ def commands() -> str:
     """The command line, from the signatures and docstrings that it is made of."""
     from docstrings import arguments_of
 
-    from scoresde.cli.main import COMMANDS
+    from scoresde.cli.run import COMMANDS
 
     parts = []
     for name, function in COMMANDS.items():

@@ -7,36 +7,14 @@ x = sample(model, (1000, 2), method="ode", seed=0)
 nats = log_prob(model, x).value
 """
 
+# ruff: noqa: F405 (the names are those of scoresde._api)
+
+from typing import TYPE_CHECKING, Any
+
 from scoresde._version import __version__
-from scoresde.checks import NonFiniteError
-from scoresde.distill import tune
-from scoresde.guidance import ClassifierFreeGuidance
-from scoresde.interop import WrappedNet, from_pretrained, load, push_to_hub, save_pretrained
-from scoresde.latents import decode, encode, interpolate, round_trip, slerp
-from scoresde.likelihood import (
-    BitsPerDim,
-    DDPMBound,
-    Divergence,
-    Exact,
-    Hadamard,
-    Hutchinson,
-    HutchPlusPlus,
-    LogProb,
-    VariationalDequantizer,
-    bits_per_dim,
-    ddpm_bound,
-    elbo,
-    log_prob,
-    plan_likelihood,
-)
-from scoresde.losses import denoising_loss
-from scoresde.models.base import ScoreModel
-from scoresde.models.mixture import DiffusedMixture, GaussianMixture
-from scoresde.models.network import NoiseLabel, ScoreNet
-from scoresde.models.quantized import QuantizedScoreNet
-from scoresde.samplers.registry import METHODS
-from scoresde.sampling import sample
-from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE
+
+if TYPE_CHECKING:
+    from scoresde._api import *  # noqa: F403
 
 __all__ = [
     "EDMSDE",
@@ -86,7 +64,18 @@ __all__ = [
     "tune",
 ]
 
-# methods where people look for them; the model itself, far below, knows nothing of files
-ScoreModel.save_pretrained = save_pretrained
-ScoreModel.push_to_hub = push_to_hub
-ScoreModel.from_pretrained = staticmethod(from_pretrained)
+
+def __getattr__(name: str) -> Any:
+    """Import the package's rooms, and torch with them, when a public name is first used: seconds that `import scoresde` and
+    the start of the command line do without."""
+    if name not in __all__:
+        raise AttributeError(f"module 'scoresde' has no attribute {name!r}")
+    from importlib import import_module
+
+    found = import_module("scoresde._api")
+    globals().update({n: getattr(found, n) for n in __all__ if n not in globals()})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

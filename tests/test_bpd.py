@@ -16,9 +16,9 @@ import torch
 
 import scoresde
 from scoresde import CosineSDE, Hadamard, QuantizedScoreNet, bits_per_dim, store
-from scoresde.cli import bpd
 from scoresde.cli import main as entry
 from scoresde.data import Images, digits
+from scoresde.jobs import BitsJob, bits
 from scoresde.nets import LeanUNet
 
 N, BATCH, PROBES, RTOL = 7, 2, 2, 1e-1  # four chunks, the last of one image
@@ -67,7 +67,7 @@ def _alone(monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """The index of the first image of each batch that is computed, in order; put one into `stop_at` to press Ctrl-C there."""
-    real = scoresde.bits_per_dim
+    real = bits.bits_per_dim
 
     class Seen(list):
         stop_at = None
@@ -80,7 +80,7 @@ def computed(monkeypatch):
         seen.append(options["first"])
         return real(net, data, **options)
 
-    monkeypatch.setattr(scoresde, "bits_per_dim", watched)
+    monkeypatch.setattr(bits, "bits_per_dim", watched)
     return seen
 
 
@@ -137,6 +137,9 @@ def same(out, truth):
     record = json.loads((out / "result.json").read_text())
     assert (record["bits_per_dim"], record["stderr"], record["nfe"]) == (truth.mean, truth.stderr, truth.nfe)
     assert (record["images"], record["unfinished"]) == (len(truth.status), 0)
+    trace = math.sqrt(float((truth.trace_stderr**2).sum())) / len(truth.status)
+    assert record["trace_stderr"] == pytest.approx(trace, rel=1e-12)
+    assert record["trace_stderr"] > 0
     return record
 
 
@@ -252,20 +255,20 @@ def test_images_that_do_not_finish(capsys, model_path, tmp_path):
     images = Images(digits("test").values[:N], 17, "some")
     options = dict(estimator=dict(probes=1, rtol=1e-2), dequantization={}, seed=0, batch_size=BATCH)
     adaptive = dict(method="tsit5", plan=None)  # whose cost differs from image to image
-    whole = bpd.Job(store.load_model(model_path), images, tmp_path / "whole", **options)
+    whole = BitsJob(store.load_model(model_path), images, tmp_path / "whole", **options)
     whole.options.update(adaptive)
     whole.run()
-    whole.report()
+    whole.result()
     nfe = values(tmp_path / "whole")["nfe"]
     limit = int(np.median(nfe))
     assert nfe.min() <= limit < nfe.max()
-    job = bpd.Job(store.load_model(model_path), images, tmp_path / "part", **options)
+    job = BitsJob(store.load_model(model_path), images, tmp_path / "part", **options)
     job.options.update(adaptive, max_nfe=limit)
     capsys.readouterr()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         job.run()
-        job.report()
+        job.result()
     assert [re.sub(r"\d of", "some of", str(w.message))[:40] for w in said] == [
         "some of 7 examples did not finish (see ."
     ]

@@ -22,8 +22,9 @@ from test_bpd import (  # noqa: F401
 )
 
 from scoresde import store
-from scoresde.cli import bpd, commands
+from scoresde.cli import commands
 from scoresde.data import Images, digits
+from scoresde.jobs import BitsJob, share_of
 
 # -- another command -------------------------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ def test_a_command_that_came_first_in_the_meantime(model_path, tmp_path):
     def job(seed, batch_size=BATCH):
         estimator = dict(probes=PROBES, rtol=RTOL)
         net = store.load_model(model_path)
-        return bpd.Job(net, images, tmp_path, estimator=estimator, dequantization={}, seed=seed, batch_size=batch_size)
+        return BitsJob(net, images, tmp_path, estimator=estimator, dequantization={}, seed=seed, batch_size=batch_size)
 
     first, second, third = job(0), job(1), job(0, 3)
     first.run((0, 4))
@@ -193,16 +194,16 @@ def test_a_part_that_is_none(capsys, model_path, tmp_path, shard):
 
 def test_parts_from_the_environment():
     """RANK counts from 0, the parts of the command line from 1; both together, or half an environment, are refused."""
-    assert bpd.share_of(None, {}) == (0, 1)
-    assert bpd.share_of(None, {"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1)
-    assert bpd.share_of(None, {"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
-    assert bpd.share_of("2/8", {}) == (1, 8)
-    assert bpd.share_of("8/8", {"RANK": "0", "WORLD_SIZE": "1"}) == (7, 8)
+    assert share_of(None, {}) == (0, 1)
+    assert share_of(None, {"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1)
+    assert share_of(None, {"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
+    assert share_of("2/8", {}) == (1, 8)
+    assert share_of("8/8", {"RANK": "0", "WORLD_SIZE": "1"}) == (7, 8)
     with pytest.raises(ValueError, match="one or the other"):
-        bpd.share_of("1/2", {"RANK": "0", "WORLD_SIZE": "2"})
+        share_of("1/2", {"RANK": "0", "WORLD_SIZE": "2"})
     for wrong in ({"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "a", "WORLD_SIZE": "2"}):
         with pytest.raises(ValueError, match="a launcher sets both"):
-            bpd.share_of(None, wrong)
+            share_of(None, wrong)
 
 
 def test_each_process_has_its_own_device(monkeypatch):

@@ -18,9 +18,11 @@ from scoresde import VPSDE, CosineSDE, QuantizedScoreNet, ScoreNet, store
 from scoresde.cli import commands
 from scoresde.cli import demo as demo_room
 from scoresde.cli import main as entry
+from scoresde.cli.run import COMMANDS
+from scoresde.jobs import locked
 from scoresde.nets import MLP, LeanUNet
 from scoresde.samplers import ProbabilityFlow
-from scoresde.train import TRAIN_PRESETS, loop
+from scoresde.train import TRAIN_PRESETS, loop, setup
 
 TINY = dict(
     channels=(8, 16),
@@ -85,7 +87,7 @@ def tiny(monkeypatch):
         return dataclasses.replace(whole, values=whole.values[: sizes[split]])
 
     monkeypatch.setattr(scoresde.data, "digits", few)
-    monkeypatch.setattr(loop, "digits", few)
+    monkeypatch.setattr(setup, "digits", few)
     return small
 
 
@@ -115,12 +117,35 @@ def test_info(capsys, model_path):
     assert out[end:].strip() == f"parameters: {count:,}"
 
 
-@pytest.mark.parametrize("command", entry.COMMANDS)
+def test_a_configuration_of_nothing(capsys):
+    """--config says how to read a model: without one there is nothing to say."""
+    assert "name the model too" in fails(capsys, "info", "--config", "vp/cifar10_ddpmpp_continuous")
+
+
+@pytest.mark.parametrize("command", ["sample", "tune", "convert", "demo"])
+def test_commands_of_one_process(capsys, monkeypatch, tmp_path, model_path, command):
+    """Several of a launcher would write over each other; half a launcher's environment is named."""
+    out = tmp_path / "out"
+    args = {
+        "sample": [model_path, "--out", out],
+        "tune": [model_path],
+        "convert": [model_path, out],
+        "demo": ["--out", out],
+    }
+    args = [command, *args[command]]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "RANK=None, WORLD_SIZE=2" in fails(capsys, *args)
+    monkeypatch.setenv("RANK", "1")
+    assert "the work of one process" in fails(capsys, *args)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(capsys, command):
     """--help of each command shows its description, every option and what it means."""
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
-    function = entry.COMMANDS[command]
+    function = COMMANDS[command]
     text = " ".join(out.split())
     assert function.__doc__.split("\n")[0].strip() in text
     for name in function.__annotations__:
@@ -136,7 +161,7 @@ def test_help_of_the_whole(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
     assert "Continuous-time score-based generative models" in out
-    assert all(c in out for c in entry.COMMANDS)
+    assert all(c in out for c in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +253,12 @@ def test_sample_of_a_model_without_levels(capsys, tmp_path):
         (["--n", "-3"], "n must be at least 1, got -3"),
         (["--method", "ddim", "--steps", "0"], "steps"),
         (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--device", "xla"], "device 'xla'"),
+        (["--device", "meta"], "device 'meta'"),
+        (["--device", "mps"], "torch cannot use device 'mps' here"),
+        (["--device", "cuda:7"], "cuda"),
+        (["--method", "ddim", "--steps", "1000000000"], "steps must be at most 1,000,000"),
+        (["--method", "auto", "--nfe", "1000000000"], "nfe must be at most 1,000,000"),
     ],
 )
 def test_sample_errors(capsys, model_path, tmp_path, args, message):
@@ -285,7 +316,17 @@ def test_bpd(capsys, model_path, tmp_path):
     assert record["images"] == 3
     assert record["unfinished"] == 0
     assert record["nfe"] > 5
-    assert {"stderr", "seconds", "cpu_seconds", "probes", "rtol", "data", "model", "version"} <= record.keys()
+    assert {
+        "stderr",
+        "trace_stderr",
+        "seconds",
+        "cpu_seconds",
+        "probes",
+        "rtol",
+        "data",
+        "model",
+        "version",
+    } <= record.keys()
     assert call(capsys, *args, "--batch_size", "2", "--out", tmp_path / "b")[0] == 0
     assert json.loads((tmp_path / "b" / "result.json").read_text())["bits_per_dim"] == pytest.approx(
         record["bits_per_dim"], abs=1e-3
@@ -293,17 +334,20 @@ def test_bpd(capsys, model_path, tmp_path):
 
 
 def test_bpd_of_an_npz_file(capsys, model_path, tmp_path, monkeypatch):
-    """Levels must be given and be the model's, and the pixels within them."""
+    """Levels are the model's, and those that are given must be; the pixels lie within them."""
     monkeypatch.chdir(tmp_path)  # results go to runs/ there
     path = tmp_path / "a.npz"
     np.savez(path, images=np.full((2, 8, 8), 16, np.uint8))
-    assert "pass levels" in fails(capsys, "bpd", model_path, "--data", path)
+    quick = ("--probes", "1", "--rtol", "1e-2")
+    code, out, _ = call(capsys, "bpd", model_path, "--data", path, *quick)
+    assert code == 0
+    assert "over 2 images" in out
     assert "maximum 16" in fails(capsys, "bpd", model_path, "--data", path, "--levels", "16")
     line = fails(capsys, "bpd", model_path, "--data", path, "--levels", "256")
     assert "17 levels, got levels=256" in line
-    code, out, _ = call(capsys, "bpd", model_path, "--data", path, "--levels", "17", "--probes", "1", "--rtol", "1e-2")
+    code, out, _ = call(capsys, "bpd", model_path, "--data", path, "--levels", "17", *quick)
     assert code == 0
-    assert "over 2 images" in out
+    assert "2 of 2 images are there already" in out  # the same job
     args = ["--data", path, "--levels", "17", "--probes", "1", "--rtol", "1e-1"]
     assert "limit" in fails(capsys, "bpd", model_path, *args, "--limit", "-1")  # not: all but the last
 
@@ -360,13 +404,59 @@ def test_train(capsys, tiny, tmp_path):
     assert "already holds a training run" in fails(capsys, "train", "--out", out)
 
 
-def test_train_on_other_data(capsys, tiny, tmp_path):
-    """An .npz file with its levels; the digits' test set is not used to score it."""
-    np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 5, (20, 8, 8), dtype=np.uint8))
-    code, _, _ = call(capsys, "train", "--data", tmp_path / "a.npz", "--levels", "5", "--out", tmp_path / "run")
-    assert code == 0
-    assert store.load_model(tmp_path / "run").levels == 5
-    assert "test" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+SMALL = ("--channels", "[8]", "--blocks", "[1]", "--steps", "2", "--batch_size", "4", "--evaluate_every", "2")
+
+
+@pytest.mark.parametrize(
+    ("levels", "shape", "expected"),
+    [
+        (5, (8, 8), {"parameterization": "levels", "dropout": 0.25, "augment": 0.35}),
+        (256, (14, 14), {"parameterization": "edm", "sigma_data": 0.59, "learning_rate": 1e-3, "augment": 0.2}),
+    ],
+)
+def test_train_on_other_data(capsys, tmp_path, monkeypatch, levels, shape, expected):
+    """Without a preset the options fit the data and are said in a line; those that are given win; no digits score it."""
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, levels, (20, *shape), dtype=np.uint8)
+    np.savez("mine.npz", images=images)
+    code, out, err = call(capsys, "train", "--data", "mine.npz", "--levels", levels, "--seed", 3, *SMALL)
+    assert code == 0, err
+    first = out.splitlines()[0]
+    assert first.startswith(f"20 images of 1 x {shape[0]}x{shape[1]} in {levels} levels, ")
+    assert (
+        f"parameterization {expected['parameterization']}, channels 8 and blocks 1, one for each of 1 resolution;"
+        in first
+    )
+    metrics = json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())
+    assert {k: metrics["options"][k] for k in expected} == expected
+    assert (metrics["options"]["channels"], metrics["options"]["steps"], metrics["preset"]) == ([8], 2, None)
+    assert store.load_model(tmp_path / "runs" / "mine").levels == levels
+    assert "test" not in metrics
+    code, out, err = call(capsys, "train", "--resume", "true", "--out", "runs/mine")  # with the run's own options
+    assert code == 0, err
+
+
+def test_options_of_training_on_the_command_line(capsys, tiny, tmp_path):
+    """What edm's recipe takes can be said, and another process comes with its own options."""
+    given = {
+        "parameterization": "edm",
+        "sigma_data": 0.5,
+        "weighting": "edm",
+        "time_sampling": "log-normal",
+        "sde": "EDMSDE",
+        "channels": "[8,16]",
+        "blocks": "[1,1]",
+        "dropout": 0.0,
+        "augment": 0.1,
+        "ema": 0.9,
+        "threads": 1,
+    }
+    args = [str(a) for k, v in given.items() for a in (f"--{k}", v)]
+    code, _, err = call(capsys, "train", "--score", "false", "--out", tmp_path / "run", *args)
+    assert code == 0, err
+    options = json.loads((tmp_path / "run" / "metrics.json").read_text())["options"]
+    assert {k: options[k] for k in given} == {**given, "channels": [8, 16], "blocks": [1, 1]}
+    assert options["sde_options"] == {}
 
 
 @pytest.mark.parametrize(
@@ -376,6 +466,11 @@ def test_train_on_other_data(capsys, tiny, tmp_path):
         (["--data", "nowhere.npz"], "nowhere.npz"),
         (["--minutes", "-1"], "minutes"),
         (["--resume", "true"], "no readable checkpoint"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--learning_rate", ".nan"], "learning_rate"),
+        (["--seed", "-1"], "seed must be from 0 to"),
+        (["--threads", "1000000"], "threads must be from 1 to 1024"),
+        (["--channels", "[8]"], "one entry per resolution"),
     ],
 )
 def test_train_errors(capsys, tiny, tmp_path, args, message):
@@ -457,6 +552,36 @@ def test_demo(capsys, tiny, quick, tmp_path, monkeypatch):
     aside = out.with_name(out.name + ".old")
     assert (aside / "notes.txt").read_text() == "mine"
     assert store.load_model(aside).levels == 17  # the earlier demo is whole
+    code, text, _ = call(capsys, "demo", "--images", "4", "--out", out, "--overwrite", "true")
+    assert code == 0
+    assert str(out.with_name(out.name + ".old-2")) in text
+    assert (aside / "notes.txt").read_text() == "mine"  # nothing is deleted
+    assert store.load_model(out.with_name(out.name + ".old-2")).levels == 17
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_demo_touches_only_what_is_its_own(capsys, tiny, tmp_path):
+    """With a wrong option nothing is moved; a folder that no demo wrote is refused; one in use is left alone."""
+    out, aside = tmp_path / "mine", tmp_path / "mine.old"
+    for folder in (out, aside):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path)
+    for wrong in (["--images", "0"], ["--probes", "-1"], ["--minutes", "0"], ["--seed", "-1"], ["--minutes", ".nan"]):
+        fails(capsys, "demo", "--out", out, "--overwrite", "true", *wrong)
+        assert tree(tmp_path) == before
+    assert "was not written by scoresde demo" in fails(capsys, "demo", "--out", out, "--overwrite", "true")
+    assert tree(tmp_path) == before
+    (out / "scoresde-demo.json").write_text('{"kind": "demo"}')
+    before = tree(tmp_path)
+    with locked(out):
+        assert "in use by process" in fails_last(capsys, "demo", "--out", out, "--overwrite", "true")
+    assert tree(tmp_path) == before
+    (tmp_path / "file").write_text("x")
+    assert "was not written by" in fails(capsys, "demo", "--out", tmp_path / "file", "--overwrite", "true")
 
 
 def fails_last(capsys, *args):

@@ -15,12 +15,12 @@ LAYERS = (
     ("sde", "grids"),
     ("models", "losses", "flow"),
     ("samplers", "latents", "likelihood", "sampling", "distill", "guidance", "metrics", "store"),
-    ("data", "train", "interop", "plots"),
+    ("data", "jobs", "train", "interop", "plots"),
     ("cli",),
 )
 ORDER = [room for layer in LAYERS for room in layer]
 CORE = {room for layer in LAYERS[:5] for room in layer}
-EXEMPT = {"__init__", "_version", "__main__"}
+EXEMPT = {"__init__", "_api", "_version", "__main__"}
 FILES = sorted(p for p in ROOT.rglob("*.py") if not (p.parent == ROOT and p.stem in EXEMPT))
 
 

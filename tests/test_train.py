@@ -15,8 +15,18 @@ import torch
 from PIL import Image
 
 from scoresde import QuantizedScoreNet, ScoreNet, load, sample
+from scoresde.data import Images
 from scoresde.store import read_tensors
-from scoresde.train import TRAIN_PRESETS, TrainingStopped, TrainOptions, build_model, load_splits, loop, train
+from scoresde.train import (
+    TRAIN_PRESETS,
+    TrainingStopped,
+    TrainOptions,
+    build_model,
+    load_splits,
+    loop,
+    options_for,
+    train,
+)
 from scoresde.train.checkpoint import folders, read_latest
 
 SIZE = 8
@@ -490,13 +500,156 @@ def test_unknown_options_are_named():
         (dict(warmup=-5), "warmup"),
         (dict(final_learning_rate=-1.0), "final_learning_rate"),
         (dict(weight_decay=-1.0), "weight_decay"),
+        (dict(weight_decay=math.inf), "weight_decay"),
+        (dict(steps="5"), "steps"),
+        (dict(learning_rate="1e-3"), "learning_rate"),
+        (dict(warmup="10"), "warmup"),
+        (dict(ema="0.9"), "ema"),
+        (dict(dropout=None), "dropout"),
+        (dict(seed=1.5), "seed"),
+        (dict(seed=True), "seed"),
+        (dict(seed=-1), "seed"),
+        (dict(seed=2**64), "seed"),
+        (dict(threads=10**6), "threads must be from 1 to 1024"),
+        (dict(batch_size=2.0), "batch_size"),
+        (dict(levels=1), "levels"),
+        (dict(levels="17"), "levels"),
+        (dict(channels=(8, 16)[:1]), "one entry per resolution"),
+        (dict(channels="8,16"), "channels"),
+        (dict(channels=(8, 0)), "channels"),
+        (dict(blocks=(1, -1)), "blocks"),
+        (dict(log_snr_range=(3.0, -3.0)), "log_snr_range"),
+        (dict(log_snr_range=(3.0,)), "log_snr_range"),
+        (dict(log_snr_range=("a", 3.0)), "log_snr_range"),
+        (dict(data=3), "data"),
+        (dict(sde="VPSDE"), "sde_options .* do not fit VPSDE"),
+        (dict(sde_options=[1]), "sde_options"),
     ],
     ids=str,
 )
 def test_bad_options(bad, message):
     """Each is refused when the options are made, before any data are read."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         TrainOptions(**bad)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy():
+    """They are taken, and saved as plain ones."""
+    options = TrainOptions(
+        steps=np.int64(7), seed=np.uint64(2**63), learning_rate=np.float32(0.5), channels=[np.int32(8), 16]
+    )
+    assert json.loads(json.dumps(options.to_json()))["seed"] == 2**63
+    assert (options.steps, options.learning_rate, options.channels) == (7, 0.5, (8, 16))
+
+
+def test_options_that_are_none(tmp_path):
+    """Another kind of object in their place."""
+    with pytest.raises(TypeError, match="options must be TrainOptions, got dict"):
+        train({"steps": 3}, tmp_path)
+
+
+# -- the average -----------------------------------------------------------------------------------------------------
+
+
+def test_the_warm_up_of_the_average():
+    """After step n = 0, 1, ... the average keeps min(decay, (1 + n) / (10 + n)) of itself: by hand, with decay 0.25."""
+    model, average = torch.nn.Linear(1, 1, bias=False).double(), torch.nn.Linear(1, 1, bias=False).double()
+    values = [3.0, -1.0, 2.0, 5.0, 4.0]
+    torch.nn.init.constant_(average.weight, 10.0)
+    found = []
+    for n, value in enumerate(values):
+        torch.nn.init.constant_(model.weight, value)
+        loop._update_average(average, model, n, 0.25)
+        found.append(average.weight.item())
+    # decays 1/10, 2/11, 3/12 = 1/4, then 4/13 and 5/14, which are above 1/4
+    a = 0.1 * 10.0 + 0.9 * 3.0
+    b = 2 / 11 * a + 9 / 11 * -1.0
+    c = 0.25 * b + 0.75 * 2.0
+    d = 0.25 * c + 0.75 * 5.0
+    e = 0.25 * d + 0.75 * 4.0
+    assert found == pytest.approx([a, b, c, d, e], rel=1e-14)
+    assert found[:2] == pytest.approx([3.7, -0.14545454545454545], rel=1e-12)
+
+
+def test_the_average_of_a_run(options, tmp_path):
+    """What a run saves is that recursion over its parameters, one step after the other, from the initial ones on."""
+    seen = []
+    real = loop._update_average
+
+    def watched(average, model, step, decay):
+        if not seen:
+            seen.append(parameters(average).double())
+        real(average, model, step, decay)
+        kept = min(0.9, (1.0 + step) / (10.0 + step))
+        seen.append(kept * seen[-1] + (1 - kept) * parameters(model).double())
+
+    loop._update_average = watched
+    try:
+        result = train(dataclasses.replace(options, ema=0.9), tmp_path)
+    finally:
+        loop._update_average = real
+    assert len(seen) == 13
+    torch.testing.assert_close(parameters(result.model).double(), seen[-1], rtol=1e-5, atol=1e-6)
+    first = torch.cat([p.detach().flatten() for p in build_model(options, load_splits(options)[0]).parameters()])
+    torch.testing.assert_close(seen[0], first.double())
+
+
+# -- options for the data at hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "expected"),
+    [
+        ((1, 28, 28), 256, ("edm", (32, 64, 128), (1, 1, 2))),
+        ((3, 32, 32), 256, ("edm", (32, 64, 128), (1, 1, 2))),
+        ((1, 27, 27), 256, ("edm", (32,), (2,))),
+        ((1, 14, 30), 256, ("edm", (32, 64), (1, 2))),
+        ((1, 8, 8), 17, ("levels", (32, 64), (2, 4))),
+        ((1, 28, 28), 2, ("levels", (32, 64, 128), (1, 1, 2))),
+        ((1, 8, 8, 8), 256, ("edm", (32, 64), (1, 2))),
+    ],
+    ids=str,
+)
+def test_options_for_the_data_at_hand(shape, levels, expected):
+    """Logits for few levels, edm for many; as many resolutions as the sides allow; a model of them can be built."""
+    images = Images(torch.arange(4 * math.prod(shape)).reshape(4, *shape) % levels, levels, "some")
+    chosen, why = options_for(images)
+    assert (chosen.parameterization, chosen.channels, chosen.blocks) == expected
+    assert f"{levels} levels" in why
+    assert f"parameterization {expected[0]}" in why
+    assert chosen.augment == (0.0 if len(shape) > 3 else 0.2 if levels > 64 else 0.35)
+    if levels > 64:
+        x = images.values.double() / (levels - 1) * 2 - 1
+        assert chosen.sigma_data == pytest.approx(float(x.square().mean().sqrt()), abs=0.006)
+    model = build_model(chosen, images)
+    assert model.event_shape == shape
+    given, _ = options_for(images, parameterization="noise", channels=(8,), blocks=(1,), steps=3, augment=0.0)
+    assert (given.parameterization, given.channels, given.steps, given.augment) == ("noise", (8,), 3, 0.0)
+
+
+def test_attention_over_many_positions_is_left_out():
+    """Its bias for every pair of positions would take hundreds of megabytes."""
+    images = Images(torch.zeros(2, 1, 101, 101, dtype=torch.int64), 256, "some")
+    chosen, _ = options_for(images)
+    assert sum(p.numel() for p in build_model(chosen, images).parameters()) < 1_000_000
+
+
+def test_a_long_validation_is_cut(monkeypatch):
+    """Of many images the first 512 are looked at, with fewer draws each; of few, all with sixteen."""
+    asked = []
+
+    def bound(model, x, *, draws, seed):
+        asked.append((len(x), draws, seed))
+        return types.SimpleNamespace(value=torch.zeros(len(x)))
+
+    monkeypatch.setattr(loop, "elbo", bound)
+    model = torch.nn.Linear(1, 1)
+    model.value_range = (-1.0, 1.0)
+    for n in (200, 2000):
+        loop._evaluate(model, Images(torch.zeros(n, 1, 2, 2, dtype=torch.int64), 5, "some"), loop.Progress())
+    assert [a[:2] for a in asked] == [(200, 16), (256, 6), (256, 6)]
+    assert asked[0][2] == asked[1][2] == 1 != asked[2][2]
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99"])

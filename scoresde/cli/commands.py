@@ -12,33 +12,53 @@ from typing import Literal
 import torch
 
 from scoresde._version import __version__
-from scoresde.cli.bpd import bits_line, measure
+from scoresde.cli.report import bits_line, measure, training_record, write_metrics
+from scoresde.jobs import RESULT_FILE, BitsJob, launched, share_of
+from scoresde.losses import TIME_SAMPLING, WEIGHTINGS
+from scoresde.models.network import PARAMETERIZATIONS
 from scoresde.samplers import FewStep, Sampler
 from scoresde.samplers.registry import METHODS
+from scoresde.sde import SDES
 
 # the names of `scoresde.sampling.METHODS`, as choices on the command line, and what `scoresde tune` left beside the model
 Method = Literal[("tuned", *METHODS)]
+Parameterization = Literal[("levels", *PARAMETERIZATIONS)]
+Process = Literal[tuple(SDES)]
+Weighting = Literal[WEIGHTINGS]
+TimeSampling = Literal[TIME_SAMPLING]
 CHUNK = 256
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+MAX_STEPS = 1_000_000
 
 
 def pick_device(device: str) -> torch.device:
     """The torch device of a name; "auto" takes CUDA where there is one. A launcher's process takes the CUDA device of its
-    LOCAL_RANK."""
+    LOCAL_RANK. `ValueError` for a name that is none, or a device that torch cannot use here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as e:
         raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda.") from e
+    if chosen.type not in DEVICES:
+        raise ValueError(f"device {device!r} cannot compute a sample; use auto or one of {', '.join(DEVICES)}.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees none; use --device cpu or auto.")
     if chosen == torch.device("cuda") and os.environ.get("LOCAL_RANK", "").isdigit():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
+    if chosen.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=chosen)
+        except Exception as e:  # of whatever kind: torch's backends differ
+            reason = "".join(str(e).strip().splitlines()[:1])
+            raise ValueError(f"torch cannot use device {device!r} here ({reason}); use --device cpu.") from e
     return chosen
 
 
 def train(
-    preset: Literal["demo", "digits", "digits-long"] = "digits",
+    preset: Literal["demo", "digits", "digits-long"] | None = None,
     out: str | None = None,
     data: str | None = None,
     levels: int | None = None,
@@ -46,7 +66,18 @@ def train(
     minutes: float | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    parameterization: Parameterization | None = None,
+    sigma_data: float | None = None,
+    channels: tuple[int, ...] | None = None,
+    blocks: tuple[int, ...] | None = None,
+    dropout: float | None = None,
+    augment: float | None = None,
+    ema: float | None = None,
+    sde: Process | None = None,
+    weighting: Weighting | None = None,
+    time_sampling: TimeSampling | None = None,
     seed: int | None = None,
+    threads: int | None = None,
     evaluate_every: int | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -56,42 +87,68 @@ def train(
     """Train a score network on images and report its test bits/dim.
 
     Leaves the model in OUT/model, checkpoints in OUT/checkpoints and figures' numbers in OUT/metrics.json. Ctrl-C saves
-    before it stops; go on with --resume true, which takes the run's own options.
+    before it stops; go on with --resume true, which takes the run's own options. Several processes train one model together:
+    torchrun --nproc_per_node 2 --no-python scoresde train ...
 
     Args:
-        preset: Options to start from. demo takes 5 minutes on 2 cores, digits 20 and digits-long 60 CPU minutes.
-        out: Folder of the run, runs/PRESET by default. It must not hold another run, unless you resume it.
+        preset: Options to start from, chosen on the digits: demo takes 5 minutes on 2 cores, digits 20 and digits-long 60 CPU
+            minutes. By default digits for the digits; for other data options are chosen that fit them, which is said.
+        out: Folder of the run, by default runs/PRESET, or for other data runs/NAME with a name of them. It must not hold
+            another run, unless you resume it.
         data: digits (scikit-learn's 8x8 handwritten digits), an .npz file, or a folder of images of one size.
         levels: Grey levels of the data, for .npz files (256 for 8-bit images).
         steps: Training steps.
         minutes: Upper bound on the minutes spent in training steps.
-        batch_size: Images per step.
+        batch_size: Images per step, for each process.
         learning_rate: Peak learning rate of AdamW.
+        parameterization: What the network predicts; levels is the logits of each pixel's levels, for data of few.
+        sigma_data: Scale of the data, which edm's parameterization and weighting assume.
+        channels: Channels of the network at each resolution, the finest first, as [32,64]; each halves the sides.
+        blocks: Blocks at each resolution, as [2,4].
+        dropout: Share of the features that are dropped in training.
+        augment: Share of each batch that is replaced by changed images, with labels that say how.
+        ema: Decay of the averaged parameters, which are the ones that are saved.
+        sde: The process, with its default options.
+        weighting: Weight of the loss over time.
+        time_sampling: How times are drawn; log-normal goes with edm's weighting.
         seed: Seed of everything random.
+        threads: CPU threads of a training step.
         evaluate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
         resume: Continue the run in OUT from its newest readable checkpoint.
         score: Compute exact test bits/dim at the end (digits only).
         device: Where to train.
     """
-    from scoresde.train import TRAIN_PRESETS, TrainOptions, options_of
+    from scoresde.train import TRAIN_PRESETS, TrainOptions, options_for, options_of
     from scoresde.train import train as run_training
 
-    given = dict(
-        data=data,
-        levels=levels,
-        steps=steps,
-        minutes=minutes,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        evaluate_every=evaluate_every,
-        checkpoint_every=checkpoint_every,
-    )
-    out = f"runs/{preset}" if out is None else out
-    start = TrainOptions.from_json(options_of(Path(out))) if resume else TRAIN_PRESETS[preset]
-    options = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
+    given = {
+        name: value for name, value in locals().items() if name in TrainOptions.__annotations__ and value is not None
+    }
+    if sde is not None:
+        given["sde_options"] = {}
+    rank = launched()[0]
+    fitted = preset is None and data not in (None, "digits")
+    preset = None if fitted else preset or "digits"
+    out = f"runs/{preset or Path(data).stem}" if out is None else out
+    if resume:
+        start = TrainOptions.from_json(options_of(Path(out)))
+        options = dataclasses.replace(
+            start, **{k: v for k, v in given.items() if k != "sde_options" or sde != start.sde}
+        )
+    elif fitted:
+        from scoresde.data import load_images
+
+        options, why = options_for(load_images(data, levels), **given)
+        if rank == 0:
+            print(why, flush=True)
+    else:
+        options = dataclasses.replace(TRAIN_PRESETS[preset], **given)
     result = run_training(options, out, device=device, resume=resume, progress=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
     metrics = {"command": "train", "preset": None if resume else preset, **training_record(result, options)}
     print(f"trained {result.progress.step} steps in {result.progress.seconds / 60:.1f} min; model in {out}/model")
     if score and options.data == "digits":
@@ -140,6 +197,9 @@ def sample(
     from scoresde.store import check_writable, write_atomic
 
     checks.positive_int(n, "n")
+    for name, value in (("steps", steps), ("nfe", nfe)):
+        if value is not None and checks.positive_int(value, name) > MAX_STEPS:
+            raise ValueError(f"{name} must be at most {MAX_STEPS:,}, got {value}.")
     net = load(model, config=config).to(pick_device(device))
     if net.event_shape is None:
         raise ValueError(
@@ -151,17 +211,25 @@ def sample(
     k = draw_images(net, n, chosen, steps, seed, nfe, label=label)
     array = k.numpy() if net.levels is None or net.levels > 256 else k.to(torch.uint8).numpy()
 
-    def write(path: Path) -> None:
-        with open(path, "wb") as f:
-            np.savez_compressed(f, images=array)
-
-    write_atomic(folder / "samples.npz", write)
-    print(f"{n} images: {folder / 'samples.npz'}")
+    picture = None
     if len(net.event_shape) == 3 and net.event_shape[0] in (1, 3):
         low, high = (0, net.levels - 1) if net.levels else net.value_range
         side = math.ceil(math.sqrt(min(n, 256)))
-        figure = plots.sample_grids({f"{method}, seed {seed}": k[:256]}, columns=side, low=low, high=high)
-        print(f"grid: {plots.save(figure, folder / 'samples.png')}")
+        picture = plots.sample_grids({f"{method}, seed {seed}": k[:256]}, columns=side, low=low, high=high)
+
+    def write(path: Path) -> None:
+        """The archive, and once it is whole the picture: both are there or neither."""
+        with open(path, "wb") as f:
+            np.savez_compressed(f, images=array)
+            f.flush()
+            os.fsync(f.fileno())
+        if picture is not None:
+            write_atomic(folder / "samples.png", lambda p: plots.save(picture, p))
+
+    write_atomic(folder / "samples.npz", write)
+    print(f"{n} images: {folder / 'samples.npz'}")
+    if picture is not None:
+        print(f"grid: {folder / 'samples.png'}")
 
 
 def tune(
@@ -254,7 +322,7 @@ def bpd(
         model: A model's folder or file, a training run's folder, a checkpoint of score_sde_pytorch, diffusers or EDM, or the name
             of one on the Hugging Face hub.
         data: digits:test (or :train, :validation), an .npz file of integers, or a folder of images.
-        levels: Grey levels of the data, for .npz files (256 for 8-bit images).
+        levels: Grey levels of the data, for .npz files; the model's if it says.
         probes: Orthogonal probes per image and place of the trace estimate, in two independent halves that give its standard error
             (an odd number has none); 0 takes the exact trace, which is slow.
         rtol: Tolerance of the solver.
@@ -271,16 +339,15 @@ def bpd(
         device: auto, cpu or cuda; with several processes on a machine, each takes its own CUDA device.
     """
     from scoresde import checks, load
-    from scoresde.cli.bpd import Job, share_of
     from scoresde.data import Images, load_images
 
     share = share_of(shard)
     net = load(model, config=config)
-    images = load_images(data, levels)
+    images = load_images(data, net.levels if levels is None and ".npz" in data else levels)
     if limit is not None:
         checks.positive_int(limit, "limit")
         images = Images(images.values[:limit], images.levels, images.name)
-    job = Job(
+    job = BitsJob(
         net.to(pick_device(device)),
         images,
         out,
@@ -290,7 +357,8 @@ def bpd(
         batch_size=batch_size,
     )
     job.run(share)
-    print(job.report(share, {"model": str(model), "data": data}))
+    found = job.result({"model": str(model), "data": data})
+    print(job.missing(share) if found is None else f"{images.name}: {bits_line(found)}; {job.folder / RESULT_FILE}")
 
 
 def convert(model: str, out: str, config: str | None = None) -> None:
@@ -302,14 +370,20 @@ def convert(model: str, out: str, config: str | None = None) -> None:
         config: Options of a checkpoint that does not carry its own: a JSON or YAML file, or a published name such as
             vp/cifar10_ddpmpp_continuous.
     """
+    import tempfile
+
     from scoresde import load, save_pretrained
-    from scoresde.store import MODEL_FILE, check_writable
+    from scoresde.store import CONFIG_FILE, MODEL_FILE, check_writable
 
     folder = Path(out)
-    if (folder / MODEL_FILE).exists():
+    if (folder / MODEL_FILE).exists() or (folder / CONFIG_FILE).exists():
         raise FileExistsError(f"{folder} holds a model already; choose another folder.")
     check_writable(folder)
-    print(f"model: {save_pretrained(load(model, config=config), folder)}")
+    net = load(model, config=config)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as draft:  # all files of the model or none
+        for file in save_pretrained(net, draft).iterdir():
+            os.replace(file, folder / file.name)
+    print(f"model: {folder}")
 
 
 def info(model: str | None = None, config: str | None = None) -> None:
@@ -324,6 +398,8 @@ def info(model: str | None = None, config: str | None = None) -> None:
     from scoresde.sde import SDES
     from scoresde.store import describe
 
+    if model is None and config is not None:
+        raise ValueError(f"config {config!r} says how to read a model; name the model too, with --model.")
     if model is None:
         print(f"scoresde {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
         cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -359,26 +435,3 @@ def draw_images(
         parts.append(x.cpu())
     x = torch.cat(parts)
     return x if net.levels is None else quantize(x, net.levels, net.value_range)
-
-
-def training_record(result, options) -> dict:
-    """What metrics.json says of a training run."""
-    return {
-        "versions": {"scoresde": __version__, "torch": torch.__version__},
-        "seed": options.seed,
-        "options": options.to_json(),
-        "training": {
-            "steps": result.progress.step,
-            "seconds": result.progress.seconds,
-            "cpu_seconds": result.progress.cpu_seconds,
-            "parameters": sum(p.numel() for p in result.model.parameters()),
-            "history": result.progress.history,
-        },
-    }
-
-
-def write_metrics(folder: Path, metrics: dict) -> None:
-    """metrics.json in the run's folder."""
-    from scoresde.store import write_json
-
-    write_json(folder / "metrics.json", metrics)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+import os
 import time
 from pathlib import Path
 from typing import Literal
@@ -10,11 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.cli.bpd import bits_line, check_probes, measure
-from scoresde.cli.commands import draw_images, pick_device, training_record, write_metrics
+from scoresde._version import __version__
+from scoresde.cli.commands import draw_images, pick_device
+from scoresde.cli.report import bits_line, measure, training_record, write_metrics
 
 # the steps keep the demo short; each method's own default is what `scoresde sample` uses
 DEMO_METHODS = {"pc": 150, "ode": None, "euler": 250, "ancestral": 250, "ddim": 40}
+MARKER = "scoresde-demo.json"
 PATH_TIMES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -35,23 +40,27 @@ def demo(
         images: Samples per method.
         probes: Orthogonal probes per test image in the trace estimate; 0 takes the exact trace.
         seed: Seed of everything random.
-        overwrite: Move an earlier demo from OUT to OUT.old instead of refusing.
+        overwrite: Move an earlier demo from OUT to OUT.old (or OUT.old-2, ...) instead of refusing. Nothing is deleted.
         device: Where to compute.
     """
     from scoresde import checks, plots
     from scoresde.data import digits
-    from scoresde.store import check_writable
+    from scoresde.jobs import check_probes
+    from scoresde.store import check_writable, write_json
     from scoresde.train import TRAIN_PRESETS, train
 
     checks.positive_int(images, "images")
     check_probes(probes)
+    options = dataclasses.replace(TRAIN_PRESETS["demo"], minutes=minutes, seed=seed)
+    pick_device(device)
     start = time.perf_counter()
     folder = Path(out)
+    train_images, test_images = digits("train"), digits("test")
     check_writable(folder.absolute().parent)
     if overwrite:
         _set_aside(folder)
-    options = dataclasses.replace(TRAIN_PRESETS["demo"], minutes=minutes, seed=seed)
-    train_images, test_images = digits("train"), digits("test")
+    if not folder.exists() or not any(folder.iterdir()):
+        write_json(folder / MARKER, {"kind": "demo", "version": __version__})
     print(
         f"1/4  Training a score network on {len(train_images)} handwritten digits (8x8, {train_images.levels} grey levels), "
         f"at most {minutes:g} minutes.",
@@ -152,10 +161,27 @@ def _report(metrics: dict, folder: Path, files: list[Path]) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Move an earlier demo to FOLDER.old, in place of the one that may be there."""
-    import shutil
+    """Move an earlier demo to FOLDER.old, or FOLDER.old-2 and so on where that is taken. `ValueError` for a folder that no demo
+    wrote, or that a run is being written into."""
+    from scoresde.jobs import check_free
 
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not _is_demo(folder):
+        raise ValueError(f"{folder} was not written by scoresde demo, so it is left alone; choose another --out.")
+    check_free(folder)
+    names = (folder.with_name(f"{folder.name}.old{'' if i == 1 else f'-{i}'}") for i in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    folder.rename(aside)
+    print(f"the earlier demo is in {aside} now.", flush=True)
+
+
+def _is_demo(folder: Path) -> bool:
+    """Whether `demo` wrote the folder: by its marker, or by the metrics of an earlier version's."""
+    for name, key in ((MARKER, "kind"), ("metrics.json", "command")):
+        try:
+            if json.loads((folder / name).read_text())[key] == "demo":
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False

@@ -22,7 +22,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG at 150 dots per inch."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
     return path
 
 

@@ -1,7 +1,8 @@
 """Training checkpoints: folders that appear whole or not at all. Layer 4.
 
 `checkpoints/step-00001000/` holds `model.safetensors` and `config.json` (the averaged model, ready for `load`),
-`training.safetensors` (raw parameters, optimizer moments) and `training.json` (options, step, history). The folder is
+`training.safetensors` (raw parameters, optimizer moments) and `training.json` (options, what else the parameters depend on,
+step, history). The folder is
 written under another name and renamed once complete. No random state is stored: every step derives its own.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,41 +46,58 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     options: dict[str, Any],
+    facts: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of `progress.step` and drop all but the newest `KEEP`."""
+    """Write the checkpoint of `progress.step` and drop all but the newest `KEEP`. An `OSError` leaves those that were there."""
     target = run / "checkpoints" / f"step-{progress.step:08d}"
     draft = target.with_name(target.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    save_model(average, draft)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {
         f"optimizer.{i}.{k}": torch.as_tensor(v)
         for i, moments in optimizer.state_dict()["state"].items()
         for k, v in moments.items()
     }
-    about = {
-        "options": options,
-        "step": progress.step,
-        "seconds": progress.seconds,
-        "cpu_seconds": progress.cpu_seconds,
-        "history": progress.history,
-    }
-    write_tensors(draft / "training.safetensors", tensors, {"about_sha256": digest({}, about)})
-    write_json(draft / "training.json", about)
-    shutil.rmtree(target, ignore_errors=True)  # only there if it was found damaged
-    os.replace(draft, target)
+    about = {"options": options, "facts": facts, **asdict(progress)}
+    try:
+        save_model(average, draft)
+        write_tensors(draft / "training.safetensors", tensors, {"about_sha256": digest({}, about)})
+        write_json(draft / "training.json", about)
+        shutil.rmtree(target, ignore_errors=True)  # only there if it was found damaged
+        os.replace(draft, target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     for old in folders(run)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
+def save_final(average: ScoreModel, run: Path) -> Path:
+    """The finished model in `run/model`, whose files are there together or, where they cannot be written, as they were."""
+    draft, target = run / "model.tmp", run / "model"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        save_model(average, draft)
+        if not target.exists():
+            os.replace(draft, target)
+        else:  # resumed when it was finished
+            for file in draft.iterdir():
+                os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
 @dataclass
 class Saved:
-    """A checkpoint that was read whole, before anything is overwritten with it."""
+    """A checkpoint that was read whole, before anything is overwritten with it. `facts` are what its parameters depend on
+    beside the options; there are none in one of an earlier version."""
 
     folder: Path
     progress: Progress
     options: dict[str, Any]
+    facts: dict[str, Any]
     tensors: dict[str, Tensor]
     average: dict[str, Tensor]
 
@@ -111,8 +129,8 @@ def read_latest(run: Path) -> tuple[Saved | None, list[str]]:
             meta = json.loads((folder / "training.json").read_text())
             if said is not None and said["about_sha256"] != digest({}, meta):
                 raise ValueError("training.json is not as it was written")
-            options = meta.pop("options")
-            return Saved(folder, Progress(**meta), options, tensors, average), problems
+            options, facts = meta.pop("options"), meta.pop("facts", {})
+            return Saved(folder, Progress(**meta), options, facts, tensors, average), problems
         except (OSError, ValueError, KeyError, TypeError) as e:
             problems.append(f"skipped {folder}: {e}")
     return None, problems

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.checks import NonFiniteError
-from scoresde.data import AUGMENTATION_DIM, Images, augmented, digits, load_images
+from scoresde.data import AUGMENTATION_DIM, Images, augmented
+from scoresde.jobs import locked
 from scoresde.likelihood import bits_from_nats, dequantize, elbo
 from scoresde.losses import denoising_loss, mean_weight
 from scoresde.models.base import ScoreModel
-from scoresde.models.network import ScoreNet
-from scoresde.models.quantized import QuantizedScoreNet
-from scoresde.nets import LeanUNet
 from scoresde.progress import bar
 from scoresde.rng import derive
-from scoresde.sde import SDES
-from scoresde.store import check_writable, save_model
-from scoresde.train import checkpoint
+from scoresde.store import check_writable
+from scoresde.train import checkpoint, processes
 from scoresde.train.checkpoint import Progress
 from scoresde.train.options import TrainOptions
+from scoresde.train.setup import build_model, build_optimizer, digest_of, load_splits, seeded
 
 LOG_EVERY = 25
 NAN_PATIENCE = 10
+VALIDATION = 512  # images that an evaluation looks at, and about how often it looks at images in all
+VALIDATION_DRAWS = 3200
 
 
 class TrainingStopped(RuntimeError):
@@ -55,46 +55,6 @@ class Result:
     model: ScoreModel
     progress: Progress
     folder: Path
-
-
-def load_splits(options: TrainOptions) -> tuple[Images, Images]:
-    """(train, validation): the digits' own split, or a seeded one of any other data."""
-    if options.data == "digits":
-        images = digits("train"), digits("validation")
-        if options.levels not in (None, images[0].levels):
-            raise ValueError(f"the digits have {images[0].levels} levels, got levels={options.levels}.")
-        return images
-    if options.data.startswith("digits:"):
-        raise ValueError(f"train on data=digits, which takes its own training split, not on {options.data!r}.")
-    whole = load_images(options.data, options.levels)
-    n = max(1, round(options.validation_fraction * len(whole)))
-    if n >= len(whole):
-        raise ValueError(f"{options.data} has {len(whole)} images: too few to hold {n} out for validation.")
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(options.seed, 0x59117)))
-    parts = (order[n:], "train"), (order[:n], "validation")
-    return tuple(Images(whole.values[rows], whole.levels, f"{whole.name}:{name}") for rows, name in parts)
-
-
-def build_model(options: TrainOptions, images: Images) -> ScoreModel:
-    """An untrained model for these images; its initial parameters depend on `options.seed` alone."""
-    channels, *size = images.event_shape
-    common = dict(sigma_data=options.sigma_data, event_shape=images.event_shape)
-    quantized = options.parameterization == "levels"
-    with _seeded(derive(options.seed, 0x1217)):
-        net = LeanUNet(
-            QuantizedScoreNet.input_channels(channels) if quantized else channels,
-            channels * images.levels if quantized else channels,
-            size,
-            channels=options.channels,
-            blocks=options.blocks,
-            cond_dim=AUGMENTATION_DIM if options.augment else 0,
-            dropout=options.dropout,
-        )
-    sde = SDES[options.sde](**options.sde_options)
-    if quantized:
-        ends = {} if options.log_snr_range is None else {"label_range": options.log_snr_range}
-        return QuantizedScoreNet(net, sde, images.levels, **ends, **common)
-    return ScoreNet(net, sde, options.parameterization, levels=images.levels, **common)
 
 
 class _Objective(nn.Module):
@@ -150,25 +110,55 @@ def train(
     Arguments: `device`, "auto", "cpu" or "cuda"; `resume`, continue from the newest readable checkpoint with the same
     options; `progress`, show a bar; `on_evaluate(model, record)`, called with the averaged model at each evaluation.
 
-    Raises `ValueError` if `run` already holds checkpoints and `resume` is False, if it holds none and `resume` is True,
-    or if the options differ from the checkpoint's (listing them); `PermissionError` if `run` cannot be written;
-    `TrainingStopped` on an interrupt (after saving, saying how to go on) and when the loss is not finite ten steps in a
-    row.
-    """
-    from accelerate import Accelerator
+    Under a launcher (torchrun) every process calls this alike: each draws batches of its own, gradients are averaged, and the
+    first of them holds the folder and writes.
 
+    Raises `ValueError` if `run` already holds checkpoints and `resume` is False, if it holds none and `resume` is True,
+    if another process holds it, or if the options, the data or the number of processes differ from the checkpoint's (listing
+    them); `PermissionError` if `run` cannot be written; `OSError` naming the checkpoint that is left where a later one cannot
+    be; `TrainingStopped` on an interrupt (after saving, saying how to go on) and when the loss is not finite ten steps in a row.
+    """
+    if not isinstance(options, TrainOptions):
+        raise TypeError(f"options must be TrainOptions, got {type(options).__name__}.")
     run = Path(run)
-    saved = _find(run, options, resume)
-    train_images, validation = load_splits(options)
-    check_writable(run / "checkpoints")
-    accelerator = Accelerator(cpu=_use_cpu(device))
+    _check_folder(run, resume)
+    accelerator = processes.start(device)
+    main = accelerator.is_main_process
+    with ExitStack() as held:
+        with processes.together(accelerator):
+            splits = load_splits(options)
+            facts = {
+                "data_sha256": digest_of(splits),
+                "processes": accelerator.num_processes,
+                "mixed_precision": accelerator.mixed_precision,
+            }
+            if main:
+                check_writable(run)
+                held.enter_context(locked(run))
+            _check_folder(run, resume)  # once more: until now another process may have had it
+            saved = _read(run, options, facts) if resume else None
+        return _run(accelerator, options, run, splits, facts, saved, progress and main, on_evaluate)
+
+
+def _run(
+    accelerator: Any,
+    options: TrainOptions,
+    run: Path,
+    splits: tuple[Images, Images],
+    facts: dict[str, Any],
+    saved: checkpoint.Saved | None,
+    show: bool,
+    on_evaluate: Callable[[ScoreModel, dict[str, float]], None] | None,
+) -> Result:
+    """The loop itself, in a folder that is ours."""
+    train_images, validation = splits
     model = build_model(options, train_images)
     if len(model.event_shape) == 3:
         model = model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
     average = build_model(options, train_images).to(accelerator.device).eval().requires_grad_(False)
     average.load_state_dict(model.state_dict())
-    optimizer = _optimizer(model, options)
+    optimizer = build_optimizer(model, options)
     state = Progress()
     if saved is not None:
         saved.restore(model, average, optimizer)
@@ -178,12 +168,14 @@ def train(
     losses: list[Tensor] = []
     bad_steps, saved_step = 0, -1
     main = accelerator.is_main_process
-    show = progress and main
 
     def save() -> None:
         nonlocal saved_step
         if main and saved_step != state.step:
-            checkpoint.save(run, model, average, _bare(optimizer), state, options.to_json())
+            try:
+                checkpoint.save(run, model, average, _bare(optimizer), state, options.to_json(), facts)
+            except OSError as e:
+                raise OSError(f"step {state.step} could not be saved: {e}; {_kept(run)}") from e
             saved_step = state.step
 
     with (
@@ -201,6 +193,8 @@ def train(
             state.step += 1
             state.seconds += time.perf_counter() - clock
             state.cpu_seconds += time.process_time() - cpu
+            # what decides over the next step must be the same everywhere
+            state.seconds, stop = processes.largest(accelerator, state.seconds, float(interrupted()))
             ticks.update()
             if bad_steps >= NAN_PATIENCE:
                 what = (
@@ -225,16 +219,18 @@ def train(
                     ticks.write(f"step {state.step}: validation {bits:.3f} +- {error:.3f} bits/dim (ELBO)")
                 if main and on_evaluate is not None:
                     on_evaluate(average, record)
+                (stop,) = processes.largest(accelerator, float(stop or interrupted()))
             if last or (state.step % options.checkpoint_every == 0 and not bad_steps):
                 save()
-            if interrupted():
+            if stop:
                 save()
                 raise TrainingInterrupted(
-                    f"interrupted at step {state.step} of {options.steps}; saved in {run}. "
-                    f"Go on with: scoresde train --resume true --out {run}"
+                    f"interrupted at step {state.step} of {options.steps}; saved in {run}. Go on with: "
+                    f"{_launcher(facts['processes'])}scoresde train --resume true --out {run}"
                 )
-    if main:
-        save_model(average, run / "model")
+    with processes.together(accelerator):
+        if main:
+            checkpoint.save_final(average, run)
     return Result(average.eval(), state, run)
 
 
@@ -253,7 +249,7 @@ def _step(
     seed = derive(options.seed, step, accelerator.process_index)
     x0, cond = batches.draw(torch.Generator().manual_seed(seed))
     x0, cond = x0.to(accelerator.device), None if cond is None else cond.to(accelerator.device)
-    with _seeded(seed, accelerator.device):  # dropout draws from the global state, which is put back
+    with seeded(seed, accelerator.device):  # dropout draws from the global state, which is put back
         loss = objective(x0, cond, torch.Generator(accelerator.device).manual_seed(derive(seed, 1)))
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(objective.parameters(), options.gradient_clip)
@@ -265,51 +261,61 @@ def _step(
 
 
 def _diverged(what: str, run: Path, options: TrainOptions) -> str:
+    return f"{what}; {_kept(run)} Lower learning_rate (now {options.learning_rate:g}) or check the data."
+
+
+def _kept(run: Path) -> str:
     found = checkpoint.folders(run)
-    kept = f"the last good checkpoint is {found[0]}." if found else "no checkpoint was written yet."
-    return f"{what}; {kept} Lower learning_rate (now {options.learning_rate:g}) or check the data."
+    return f"the last good checkpoint is {found[0]}." if found else "no checkpoint was written yet."
 
 
-def _find(run: Path, options: TrainOptions, resume: bool) -> checkpoint.Saved | None:
-    """The checkpoint to go on from, after refusing what would lose or mix up a run."""
+def _launcher(count: int) -> str:
+    """What a command for so many processes begins with."""
+    return "" if count == 1 else f"torchrun --nproc_per_node {count} --no-python "
+
+
+def _check_folder(run: Path, resume: bool) -> None:
+    """`ValueError` where a run would be lost, or there is none to resume."""
     existing = checkpoint.folders(run)
-    if not resume:
-        if existing or (run / "model").exists():
-            raise ValueError(f"{run} already holds a training run; resume it (--resume true) or choose another --out.")
-        return None
+    if not resume and (existing or (run / "model").exists()):
+        raise ValueError(f"{run} already holds a training run; resume it (--resume true) or choose another --out.")
+    if resume and not existing:
+        raise ValueError(f"{run} holds no readable checkpoint to resume from.")
+
+
+def _read(run: Path, options: TrainOptions, facts: dict[str, Any]) -> checkpoint.Saved:
+    """The checkpoint to go on from. `ValueError` where its options or facts are not these: the run would become another."""
     saved, problems = checkpoint.read_latest(run)
     for text in problems:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
     if saved is None:
         raise ValueError(f"{run} holds no readable checkpoint to resume from. " + " ".join(problems))
-    ours = options.to_json()
-    different = [
-        f"{k}: {saved.options.get(k)!r} in the checkpoint, {ours[k]!r} now"
-        for k in ours
-        if saved.options.get(k) != ours[k]
-    ]
+    there, ours = TrainOptions.from_json(saved.options).to_json(), options.to_json()
+    different = [f"{k}: {there[k]!r} in the checkpoint, {ours[k]!r} now" for k in ours if there[k] != ours[k]]
     if different:
         raise ValueError(
             f"cannot resume {run} with other options ({'; '.join(different)}). Resume with the run's own, or start a "
             "new run in another folder."
         )
+    before = {**facts, **saved.facts}
+    if before["data_sha256"] != facts["data_sha256"]:
+        raise ValueError(
+            f"cannot resume {run}: the images of {options.data} are not those that it was trained on (their digest is "
+            f"{facts['data_sha256'][:12]}..., it was {before['data_sha256'][:12]}...). Bring them back, or start a new run in "
+            "another folder."
+        )
+    if before["processes"] != facts["processes"]:
+        count = before["processes"]
+        raise ValueError(
+            f"cannot resume {run} with {facts['processes']} process{'es' * (facts['processes'] > 1)}: it was trained with {count}, "
+            f"which draw other batches. Go on with: {_launcher(count)}scoresde train --resume true --out {run}"
+        )
+    if before["mixed_precision"] != facts["mixed_precision"]:
+        raise ValueError(
+            f"cannot resume {run} in mixed precision {facts['mixed_precision']!r}: it was trained in "
+            f"{before['mixed_precision']!r} (ACCELERATE_MIXED_PRECISION)."
+        )
     return saved
-
-
-def _use_cpu(device: str) -> bool:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda for training, got {device!r}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or auto.")
-    return device == "cpu"
-
-
-def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and other vectors are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -339,35 +345,23 @@ def _update_average(average: nn.Module, model: nn.Module, step: int, decay: floa
 
 
 def _evaluate(model: ScoreModel, images: Images, state: Progress) -> dict[str, float]:
-    """Validation bits/dim by the variational bound, with the same noise at every evaluation."""
+    """Validation bits/dim by the variational bound over the first `VALIDATION` images, with the same noise every time."""
     device = next(model.parameters()).device
     noise = torch.Generator().manual_seed(0)
-    x = dequantize(images.values, images.levels, model.value_range, torch.rand(images.values.shape, generator=noise))
-    result = elbo(model, x.to(device), draws=16, seed=1)
-    bits = bits_from_nats(result.value, math.prod(images.event_shape), images.levels, model.value_range)
+    k = images.values[:VALIDATION]
+    draws = max(1, min(16, VALIDATION_DRAWS // len(k)))
+    x = dequantize(k, images.levels, model.value_range, torch.rand(k.shape, generator=noise))
+    nats = [
+        elbo(model, part.to(device), draws=draws, seed=derive(1, i) if i else 1).value
+        for i, part in enumerate(x.split(VALIDATION // 2))
+    ]
+    bits = bits_from_nats(torch.cat(nats), math.prod(images.event_shape), images.levels, model.value_range)
     return {
         "step": state.step,
         "bits_per_dim": float(bits.mean()),
-        "stderr": float(bits.std() / math.sqrt(len(images))),
+        "stderr": float(bits.std() / math.sqrt(len(bits))),
         "seconds": state.seconds,
     }
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """The global generators at `seed` inside, as they were outside."""
-    generators = [torch.default_generator]
-    if device is not None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    before = [g.get_state() for g in generators]
-    try:
-        for g in generators:
-            g.manual_seed(seed)
-        yield
-    finally:
-        for g, state in zip(generators, before, strict=True):
-            g.set_state(state)
 
 
 @contextmanager

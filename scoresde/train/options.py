@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scoresde import checks
 from scoresde.losses import TIME_SAMPLING, WEIGHTINGS
+from scoresde.models.network import PARAMETERIZATIONS
 from scoresde.sde import SDES
+
+MAX_THREADS = 1024  # more would end the process where the system has no more to give
+_RENAMED = {"law": "time_sampling"}  # in checkpoints of earlier versions
 
 
 @dataclass(frozen=True)
@@ -15,7 +23,7 @@ class TrainOptions:
     """Everything that decides the trained parameters.
 
     `data` as in `load_images` ("digits" takes its own train and validation split; other data are split by
-    `validation_fraction`); `levels`, of the data where they do not say. The network: a `UNet` of `channels` and
+    `validation_fraction`); `levels`, of the data where they do not say. The network: a `LeanUNet` of `channels` and
     `blocks` per resolution under `parameterization` ("levels": `QuantizedScoreNet`; or one of `ScoreNet`'s). `augment`
     is the share of each batch that is replaced by changed images with their labels. `time_sampling` and `weighting` as in
     `scoresde.losses`, `log_snr_range` the range of log-SNR that is trained. The learning rate warms up over `warmup`
@@ -60,34 +68,82 @@ class TrainOptions:
         checks.choice(self.sde, SDES, "SDE")
         checks.choice(self.weighting, WEIGHTINGS, "weighting")
         checks.choice(self.time_sampling, TIME_SAMPLING, "time sampling")
-        checks.choice(
-            self.parameterization, ("levels", "noise", "score", "denoise", "velocity", "edm"), "parameterization"
-        )
-        for name in ("batch_size", "steps", "evaluate_every", "checkpoint_every", "threads"):
-            checks.positive_int(getattr(self, name), name)
+        checks.choice(self.parameterization, ("levels", *PARAMETERIZATIONS), "parameterization")
+        if not isinstance(self.data, str):
+            raise TypeError(f"data must be a name or a path as a string, got {self.data!r}.")
+        keep = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen, but not yet made)
+        keep("seed", _integer(self.seed, "seed", 0, 2**64 - 1))
+        keep("threads", _integer(self.threads, "threads", 1, MAX_THREADS))
+        keep("warmup", _integer(self.warmup, "warmup", 0))
+        for name in ("batch_size", "steps", "evaluate_every", "checkpoint_every"):
+            keep(name, checks.positive_int(getattr(self, name), name))
+        if self.levels is not None:
+            keep("levels", _integer(self.levels, "levels", 2))
         for name in ("learning_rate", "gradient_clip", "sigma_data"):
-            checks.positive(getattr(self, name), name)
-        for name in ("warmup", "weight_decay", "final_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+            keep(name, checks.positive(getattr(self, name), name))
         if self.minutes is not None:
-            checks.positive(self.minutes, "minutes")
-        for name, high in (("augment", 1.0), ("dropout", 1.0), ("ema", 1.0), ("validation_fraction", 1.0)):
-            if not 0.0 <= getattr(self, name) < high:
-                raise ValueError(f"{name} must lie in [0, {high:g}), got {getattr(self, name)}.")
+            keep("minutes", checks.positive(self.minutes, "minutes"))
+        for name in ("weight_decay", "final_learning_rate"):
+            keep(name, _number(getattr(self, name), name, 0.0))
+        for name in ("augment", "dropout", "ema", "validation_fraction"):
+            keep(name, _number(getattr(self, name), name, 0.0, 1.0))
+        channels = _sequence(self.channels, "channels")
+        blocks = _sequence(self.blocks, "blocks")
+        if not channels or len(channels) != len(blocks):
+            raise ValueError(f"channels and blocks must have one entry per resolution, got {channels} and {blocks}.")
+        keep("channels", tuple(_integer(c, "channels", 1) for c in channels))
+        keep("blocks", tuple(_integer(b, "blocks", 0) for b in blocks))
+        if not isinstance(self.sde_options, dict):
+            raise TypeError(f"sde_options must be a dict of numbers, got {self.sde_options!r}.")
+        try:
+            SDES[self.sde](**self.sde_options)
+        except TypeError as e:
+            raise ValueError(f"sde_options {self.sde_options} do not fit {self.sde}: {e}.") from e
+        if self.log_snr_range is not None:
+            ends = tuple(_number(v, "log_snr_range", -math.inf) for v in _sequence(self.log_snr_range, "log_snr_range"))
+            if len(ends) != 2 or not ends[0] < ends[1]:
+                raise ValueError(f"log_snr_range must be (low, high) with low < high, got {self.log_snr_range}.")
+            keep("log_snr_range", ends)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_json(cls, values: dict) -> TrainOptions:
-        """The inverse of `to_json`. Raises `ValueError` for unknown names."""
+    def from_json(cls, values: dict[str, Any]) -> TrainOptions:
+        """The inverse of `to_json`; names of earlier versions are known. Raises `ValueError` for unknown ones."""
+        values = {_RENAMED.get(k, k): v for k, v in values.items()}
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ValueError(f"unknown training options {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _integer(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """`value` as an int in low..high; `TypeError` for another kind of number, `ValueError` outside."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, got {value}."
+        )
+    return int(value)
+
+
+def _number(value: Any, name: str, low: float, high: float = math.inf) -> float:
+    """`value` as a finite float in [low, high); `TypeError` for what is no number, `ValueError` outside."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+    if not (math.isfinite(value) and low <= value < high):
+        raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value}.")
+    return float(value)
+
+
+def _sequence(value: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tuple of numbers, got {value!r}.")
+    return tuple(value)
 
 
 # Chosen on validation bits/dim. Regularisation decides: 1,300 images are few, so longer runs change and drop out more.
