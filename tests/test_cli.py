@@ -1,11 +1,13 @@
 """The command line in process: what each command writes and prints, and that every error is one line."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shlex
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ TINY = dict(
     minutes=None,
 )
 SHAPE = (1, 8, 8)
+ROOT = Path(__file__).parents[1]
 
 
 def call(capsys, *args):
@@ -154,6 +157,15 @@ def test_help(capsys, command):
         assert name in text
         meaning = re.search(rf"^        {name}: (.*)$", function.__doc__, re.M).group(1)
         assert meaning[:30] in text
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+def test_options_that_are_written_about_exist(page):
+    """Every `scoresde COMMAND ... --option` of the pages is one of that command."""
+    for command, rest in re.findall(r"scoresde ([a-z]+)((?: +[^\n`#|]*)?)", (ROOT / page).read_text()):
+        if command in COMMANDS:
+            for option in re.findall(r"--([a-z_]+)", rest):
+                assert option in inspect.signature(COMMANDS[command]).parameters, f"scoresde {command} --{option}"
 
 
 def test_help_of_the_whole(capsys):

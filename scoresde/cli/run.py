@@ -8,11 +8,12 @@ from jsonargparse import auto_parser
 
 from scoresde.cli import commands
 from scoresde.cli.demo import demo
+from scoresde.cli.train import train
 from scoresde.jobs import launched
 
 COMMANDS = {
     "demo": demo,
-    "train": commands.train,
+    "train": train,
     "sample": commands.sample,
     "tune": commands.tune,
     "bpd": commands.bpd,
