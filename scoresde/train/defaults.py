@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from scoresde.data import Images
@@ -17,13 +18,10 @@ def options_for(images: Images, **given: Any) -> tuple[TrainOptions, str]:
 
     `given` options of `TrainOptions` (their `data` among them) are taken as they are. Up to 64 levels: the digits' recipe, a
     `QuantizedScoreNet`. More: an ordinary network in the "edm" parameterization, whose cost does not grow with the levels, with
-    sigma_data the root mean square of the scaled pixels. The network halves the images' sides as often as they can be, at
-    most twice.
+    sigma_data the root mean square of the scaled pixels. The network has up to three resolutions, with 4 pixels a side at least.
     """
     channels, *size = images.event_shape
-    n = 0
-    while n < 2 and all(side % 2 ** (n + 1) == 0 and side > 4 * 2**n for side in size):
-        n += 1
+    n = min(2, int(math.log2(max(min(size), 4) / 4)))
     few = len(images) <= FEW_IMAGES and len(size) == 2
     if images.levels <= FEW_LEVELS:
         chosen: dict[str, Any] = dict(

@@ -52,6 +52,7 @@ def build_model(options: TrainOptions, images: Images) -> ScoreModel:
     channels, *size = images.event_shape
     common = dict(sigma_data=options.sigma_data, event_shape=images.event_shape)
     quantized = options.parameterization == "levels"
+    coarse = 2 ** (len(options.channels) - 1)  # pixels to one of the lowest resolution
     with seeded(derive(options.seed, 0x1217)):
         net = LeanUNet(
             QuantizedScoreNet.input_channels(channels) if quantized else channels,
@@ -59,7 +60,8 @@ def build_model(options: TrainOptions, images: Images) -> ScoreModel:
             size,
             channels=options.channels,
             blocks=options.blocks,
-            attention=math.prod(size) <= MAX_POSITIONS * 2 ** (len(size) * (len(options.channels) - 1)),
+            attention=math.prod(math.ceil(n / coarse) for n in size) <= MAX_POSITIONS,
+            pad=any(n % coarse for n in size),
             cond_dim=AUGMENTATION_DIM if options.augment else 0,
             dropout=options.dropout,
         )
