@@ -1,6 +1,5 @@
 """The program from outside: Ctrl-C at any moment, a disk that fills up, and what it must not touch."""
 
-import json
 import os
 import re
 import resource
@@ -12,9 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_runs import rewrite
 
 import scoresde
 from scoresde import VPSDE, ScoreNet, store
+from scoresde.cli.main import main
 from scoresde.nets import LeanUNet
 from scoresde.train.checkpoint import folders, read_latest
 
@@ -197,15 +198,12 @@ def test_a_full_disk_in_training(pixels, tmp_path):
     assert "training.safetensors" in line
     assert "no checkpoint was written yet" in line
     assert [f for f in files_of(tmp_path / "full") if "safetensors" in f] == []
-    meta = folders(out)[0] / "training.json"
-    text = json.loads(meta.read_text())
-    text["options"]["steps"] = 8
-    meta.write_text(json.dumps(text))
+    rewrite(folders(out)[0], lambda meta: meta["options"].update(steps=8))
     line = ended(start(["train", "--resume", "true", "--out", out], file_limit=size // 2), 2)
     assert "step 6 could not be saved" in line
     assert f"the last good checkpoint is {folders(out)[0]}" in line
     assert folders(out)[0].name == "step-00000004"
-    assert all((folders(out)[0] / p).read_bytes() == v for p, v in before.items() if p != "training.json")
+    assert all((folders(out)[0] / p).read_bytes() == v for p, v in before.items() if "training" not in p)
     assert start(["train", "--resume", "true", "--out", out]).wait(timeout=100) == 0
     assert store.load_model(out).levels == 5
 
@@ -214,10 +212,9 @@ def test_a_full_disk_in_training(pixels, tmp_path):
 def test_a_full_disk_in_sample_convert_and_bpd(model_path, tmp_path):
     """One line with the file, exit code 2, and no half of a result."""
     sample = ["sample", model_path, "--method", "ddim", "--steps", 2, "--n", 4]
-    for limit, name in ((50, "samples.npz"), (2000, "samples.png")):
-        line = ended(start([*sample, "--out", tmp_path / "s"], file_limit=limit), 2)
-        assert name in line
-        assert files_of(tmp_path / "s") == []
+    line = ended(start([*sample, "--out", tmp_path / "s"], file_limit=100), 2)
+    assert "samples.png" in line
+    assert files_of(tmp_path / "s") == []
     line = ended(start(["convert", model_path, "--out", tmp_path / "c"], file_limit=10_000), 2)
     assert "model.safetensors" in line
     assert list((tmp_path / "c").iterdir()) == []
@@ -227,3 +224,17 @@ def test_a_full_disk_in_sample_convert_and_bpd(model_path, tmp_path):
     assert files_of(tmp_path / "b") == ["settings.json"]
     assert start(bpd).wait(timeout=100) == 0  # and the same command goes on
     assert (tmp_path / "b" / "result.json").is_file()
+
+
+def test_samples_are_an_archive_and_a_picture_or_nothing(model_path, tmp_path, monkeypatch, capsys):
+    """The picture that was already drawn goes where the archive does not fit."""
+
+    def full(file, **arrays):
+        assert (tmp_path / "samples.png.part").is_file()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    code = main(["sample", str(model_path), "--method", "ddim", "--steps", "2", "--n", "2", "--out", str(tmp_path)])
+    assert code == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert files_of(tmp_path) == []

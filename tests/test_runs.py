@@ -18,7 +18,7 @@ import torch
 from scoresde import load
 from scoresde.jobs import launched, locked
 from scoresde.jobs.lock import LOCK_FILE, check_free
-from scoresde.store import read_tensors
+from scoresde.store import digest, read_tensors, write_tensors
 from scoresde.train import TrainingStopped, TrainOptions, loop, options_of, train
 from scoresde.train import processes as room
 from scoresde.train.checkpoint import folders
@@ -83,6 +83,16 @@ def torchrun(count, *more):
         "--no-python",
         sys.executable,
     )
+
+
+def rewrite(folder, change):
+    """A checkpoint as it would be with other facts or options."""
+    meta = json.loads((folder / "training.json").read_text())
+    change(meta)
+    (folder / "training.json").write_text(json.dumps(meta))
+    tensors, _ = read_tensors(folder / "training.safetensors")
+    write_tensors(folder / "training.safetensors", tensors, {"about_sha256": digest({}, meta)})
+    return meta
 
 
 def raw(run):
@@ -159,11 +169,7 @@ def test_another_number_of_processes_is_refused(options, tmp_path, monkeypatch):
     """What one process began, two do not go on with, and the other way round; nothing changes."""
     train(dataclasses.replace(options, steps=3), tmp_path)
     before = raw(tmp_path)
-    meta = folders(tmp_path)[0] / "training.json"
-    text = json.loads(meta.read_text())
-    assert text["facts"]["processes"] == 1
-    text["facts"]["processes"] = 3
-    meta.write_text(json.dumps(text))
+    rewrite(folders(tmp_path)[0], lambda meta: meta["facts"].update(processes=3))
     with pytest.raises(ValueError, match=r"1 process: it was trained with 3.*torchrun --nproc_per_node 3"):
         train(dataclasses.replace(options, steps=3), tmp_path, resume=True)
     assert all(torch.equal(before[k], v) for k, v in raw(tmp_path).items())
@@ -368,12 +374,12 @@ def test_a_checkpoint_of_an_earlier_version(options, tmp_path):
     """It calls the sampling of times a law, and knows neither its data's digest nor its processes: it is resumed."""
     short = dataclasses.replace(options, steps=3)
     train(short, tmp_path)
-    meta = folders(tmp_path)[0] / "training.json"
-    text = json.loads(meta.read_text())
-    del text["facts"]
-    text["options"]["law"] = text["options"].pop("time_sampling")
-    meta.write_text(json.dumps(text))
-    assert TrainOptions.from_json(text["options"]) == short
+
+    def age(meta):
+        del meta["facts"]
+        meta["options"]["law"] = meta["options"].pop("time_sampling")
+
+    assert TrainOptions.from_json(rewrite(folders(tmp_path)[0], age)["options"]) == short
     assert train(short, tmp_path, resume=True).progress.step == 3
     with pytest.raises(ValueError, match="time_sampling: 'importance' in the checkpoint, 'uniform' now"):
         train(dataclasses.replace(short, time_sampling="uniform"), tmp_path, resume=True)
@@ -383,9 +389,6 @@ def test_another_precision_is_refused(options, tmp_path):
     """bf16 and single precision are not mixed within a run."""
     short = dataclasses.replace(options, steps=3)
     train(short, tmp_path)
-    meta = folders(tmp_path)[0] / "training.json"
-    text = json.loads(meta.read_text())
-    text["facts"]["mixed_precision"] = "bf16"
-    meta.write_text(json.dumps(text))
+    rewrite(folders(tmp_path)[0], lambda meta: meta["facts"].update(mixed_precision="bf16"))
     with pytest.raises(ValueError, match=re.escape("in mixed precision 'no': it was trained in 'bf16'")):
         train(short, tmp_path, resume=True)

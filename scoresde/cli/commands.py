@@ -107,15 +107,18 @@ def sample(
         picture = plots.sample_grids({f"{method}, seed {seed}": k[:256]}, columns=side, low=low, high=high)
 
     def write(path: Path) -> None:
-        """The archive, and once it is whole the picture: both are there or neither."""
         with open(path, "wb") as f:
             np.savez_compressed(f, images=array)
-            f.flush()
-            os.fsync(f.fileno())
-        if picture is not None:
-            write_atomic(folder / "samples.png", lambda p: plots.save(picture, p))
 
-    write_atomic(folder / "samples.npz", write)
+    draft = folder / "samples.png.part"
+    try:  # both files or neither
+        if picture is not None:
+            write_atomic(draft, lambda p: plots.save(picture, p))
+        write_atomic(folder / "samples.npz", write)
+        if picture is not None:
+            os.replace(draft, folder / "samples.png")
+    finally:
+        draft.unlink(missing_ok=True)
     print(f"{n} images: {folder / 'samples.npz'}")
     if picture is not None:
         print(f"grid: {folder / 'samples.png'}")
