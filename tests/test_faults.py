@@ -2,7 +2,9 @@
 
 Elsewhere: 1 NaN from the network (test_samplers, test_ode, test_likelihood); 3, 4, 11 times and schedules (test_sde);
 5, 6, 12, 13 empty batches, shapes, few steps, zero score (test_samplers, test_likelihood, test_model); 8, 9 levels and
-ranges (test_likelihood); 10 half precision (test_model, test_likelihood); 14 seeds and chunks (test_rng, test_samplers).
+ranges (test_likelihood); 10 half precision (test_model, test_likelihood); 14 seeds and chunks (test_rng, test_samplers);
+15, 16, 19, 20 checkpoints (test_train); 25, 37 data that are not what they say (test_data); 27 full disks and Ctrl-C
+(test_program); 28 runs and their folders (test_runs).
 """
 
 import math

@@ -28,6 +28,7 @@ from scoresde.train import (
     train,
 )
 from scoresde.train.checkpoint import folders, read_latest
+from scoresde.train.setup import mean_of
 
 SIZE = 8
 
@@ -629,6 +630,17 @@ def test_options_for_the_data_at_hand(shape, levels, expected):
     assert model.denoise(x, torch.full((2,), 0.5), torch.zeros(2, 8) if chosen.augment else None).shape == x.shape
     given, _ = options_for(images, parameterization="noise", channels=(8,), blocks=(1,), steps=3, augment=0.0)
     assert (given.parameterization, given.channels, given.steps, given.augment) == ("noise", (8,), 3, 0.0)
+
+
+def test_the_mean_of_the_data(options):
+    """Of the dequantized training images, pixel by pixel, on the model's scale."""
+    images = Images(torch.tensor([0, 1, 4, 4]).reshape(2, 1, 1, 2), 5, "some")
+    expected = torch.tensor([[[-1 + 2.5 * 0.4, -1 + 3.0 * 0.4]]])  # mean levels 2 and 2.5, half a level up
+    torch.testing.assert_close(mean_of(images), expected)
+    if hasattr(ScoreNet, "data_mean"):
+        for parameterization in ("levels", "edm"):
+            chosen = dataclasses.replace(options, parameterization=parameterization, channels=(8,), blocks=(1,))
+            torch.testing.assert_close(build_model(chosen, images).data_mean, expected)
 
 
 def test_attention_over_many_positions_is_left_out():

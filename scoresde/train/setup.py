@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,9 @@ def digest_of(splits: tuple[Images, Images]) -> str:
 def build_model(options: TrainOptions, images: Images) -> ScoreModel:
     """An untrained model for these images; its initial parameters depend on `options.seed` alone."""
     channels, *size = images.event_shape
-    common = dict(sigma_data=options.sigma_data, event_shape=images.event_shape)
+    common: dict[str, Any] = dict(sigma_data=options.sigma_data, event_shape=images.event_shape)
+    if hasattr(ScoreModel, "data_mean"):
+        common["data_mean"] = mean_of(images)
     quantized = options.parameterization == "levels"
     coarse = 2 ** (len(options.channels) - 1)  # pixels to one of the lowest resolution
     with seeded(derive(options.seed, 0x1217)):
@@ -70,6 +73,11 @@ def build_model(options: TrainOptions, images: Images) -> ScoreModel:
         ends = {} if options.log_snr_range is None else {"label_range": options.log_snr_range}
         return QuantizedScoreNet(net, sde, images.levels, **ends, **common)
     return ScoreNet(net, sde, options.parameterization, levels=images.levels, **common)
+
+
+def mean_of(images: Images) -> torch.Tensor:
+    """The mean of the dequantized images on the models' scale, levels 0..L-1 being L equal parts of [-1, 1]; (*event), float32."""
+    return ((images.values.double().mean(0) + 0.5) * (2 / images.levels) - 1).float()
 
 
 def build_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
