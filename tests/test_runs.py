@@ -108,7 +108,8 @@ result = train(TrainOptions.from_json(__import__("json").loads(sys.argv[1])), sy
 mine = torch.cat([p.detach().flatten() for p in result.model.parameters()])
 every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
 torch.distributed.all_gather(every, mine)
-print("processes", len(every), "agree", all(torch.equal(every[0], p) for p in every), "steps", result.progress.step)
+agree = all(torch.equal(every[0], p) for p in every)
+sys.stdout.write(f"processes {len(every)} agree {agree} steps {result.progress.step}\\n")  # whole: both write at once
 """
 
 
