@@ -59,6 +59,7 @@ __all__ = [
     "push_to_hub",
     "round_trip",
     "sample",
+    "sample_with_log_prob",
     "save_pretrained",
     "slerp",
     "tune",

@@ -22,6 +22,7 @@ from scoresde.likelihood import (
     elbo,
     log_prob,
     plan_likelihood,
+    sample_with_log_prob,
 )
 from scoresde.losses import denoising_loss
 from scoresde.models.base import ScoreModel

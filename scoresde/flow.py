@@ -1,24 +1,48 @@
-r"""The probability-flow ODE in coordinates where it is mild: the angle path.
+r"""The probability-flow ODE in coordinates where it is mild, and its adaptive solve.
 
-Layer 2. With the data's scale c = sigma_data, put $\theta = \mathrm{atan2}(\sigma, \alpha c)$ and
-$u = x / \sqrt{\alpha^2 c^2 + \sigma^2} = \cos\theta\,x_0/c + \sin\theta\,\epsilon$. Along the probability flow
+Layer 2. With the data's scale c = sigma_data, put $\theta = \mathrm{atan2}(\sigma, \alpha c)$,
+$S = \sqrt{\alpha^2 c^2 + \sigma^2}$ and $u = x / S = \cos\theta\,x_0/c + \sin\theta\,\epsilon$. Along the probability flow
 
 $$\frac{du}{d\theta} = \cos\theta\,\hat\epsilon(x, t) - \sin\theta\,D(x, t)/c,$$
 
 for every affine SDE: no drift, no diffusion coefficient, and nothing that grows at either end. It is the change of
 variables x = alpha y, dy = eps_hat d(sigma/alpha) (Song et al. 2021, equation 13; Karras et al. 2022, equation 1),
-rotated so that the state keeps unit variance.
+rotated so that the state keeps unit variance: the angle path.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde import checks, conditions, ode
 from scoresde.models.base import ScoreModel
+from scoresde.numerics import Array
 from scoresde.sde import SDE, expand
+
+Numbers = TypeVar("Numbers", Tensor, Array)  # the coordinates are the same for both
+Velocity: TypeAlias = "Callable[[Tensor], Tensor]"
+# (the velocity as a function of u, u (A, *), rows (A,)) -> (du/dtheta (A, *), its divergence (A, k))
+Trace: TypeAlias = "Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]"
+
+
+def rotation(alpha: Numbers | float, sigma: Numbers, c: float) -> tuple[Numbers, Numbers]:
+    """(theta, S) of the angle path where the schedule is (alpha, sigma), for tensors or arrays; (1, r) for r = sigma/alpha."""
+    lib: Any = torch if isinstance(sigma, Tensor) else np
+    return lib.arctan2(sigma, alpha * c), lib.hypot(sigma, alpha * c)
+
+
+def rotated_velocity(cosine: Any, sine_over_c: Any, denoised: Any, noise: Any) -> Any:
+    """du/dtheta = cos(theta) eps_hat - sin(theta) D / c of numbers, arrays or tensors.
+
+    It is linear in (D, eps_hat), so it takes the coefficients that these have in x, or in a network's output, as well.
+    """
+    return cosine * noise - sine_over_c * denoised
 
 
 class AnglePath:
@@ -30,11 +54,11 @@ class AnglePath:
 
     def angle(self, t: Tensor | float) -> Tensor:
         """theta(t) in (0, pi/2], increasing in t."""
-        return torch.atan2(self.sde.sigma(t), self.sde.alpha(t) * self.c)
+        return rotation(self.sde.alpha(t), self.sde.sigma(t), self.c)[0]
 
     def scale(self, t: Tensor | float) -> Tensor:
-        """sqrt(alpha^2 c^2 + sigma^2); x = scale u."""
-        return torch.hypot(self.sde.sigma(t), self.sde.alpha(t) * self.c)
+        """S = sqrt(alpha^2 c^2 + sigma^2); x = S u."""
+        return rotation(self.sde.alpha(t), self.sde.sigma(t), self.c)[1]
 
     def time(self, theta: Tensor, low: float, high: float) -> Tensor:
         """t(theta), kept within [low, high], the ends of the solve, which rounding could otherwise leave."""
@@ -47,4 +71,78 @@ class AnglePath:
         t = self.time(theta, *ends)
         x = expand(self.scale(t), u) * u
         denoised, noise = model.predict(x, t, cond)
-        return expand(torch.cos(theta), u) * noise - expand(torch.sin(theta) / self.c, u) * denoised
+        cosine, sine_over_c = expand(torch.cos(theta), u), expand(torch.sin(theta) / self.c, u)
+        return rotated_velocity(cosine, sine_over_c, denoised, noise)
+
+
+@dataclass
+class FlowSolution:
+    """Where each example ended: `x` (B, *); `divergence` (B, k), the trace's integrals over theta, (B, 0) without one; `t` (B,),
+    the time reached; `nfe` and `status` (B,) integers (`scoresde.ode.STATUS_TEXT`).
+    """
+
+    x: Tensor
+    divergence: Tensor
+    t: Tensor
+    nfe: Tensor
+    status: Tensor
+
+    def raise_if_failed(self) -> None:
+        """An error naming the first kind of failure, the samples it met and the t they stopped at."""
+        if not bool((self.status != ode.OK).any()):
+            return
+        worst = int(self.status.max())
+        rows = (self.status == worst).nonzero().flatten().tolist()
+        text = (
+            f"the ODE solve failed in {len(rows)} of {self.status.numel()} samples, rows {checks.rows_text(rows)}: "
+            f"{ode.STATUS_TEXT[worst]}; row {rows[0]} stopped at the step from t = {float(self.t[rows[0]]):.6g}, "
+            f"after {int(self.nfe[rows[0]])} evaluations."
+        )
+        if worst == ode.NOT_FINITE:
+            raise checks.NonFiniteError(text + " Check the network's output at that t.")
+        raise RuntimeError(text + " Raise max_nfe or loosen rtol and atol.")
+
+
+def solve_flow(
+    model: ScoreModel,
+    x: Tensor,
+    start: float,
+    end: float,
+    *,
+    rtol: float,
+    atol: float,
+    method: str = "tsit5",
+    max_nfe: int = 10_000,
+    cond: Any = None,
+    trace: Trace | None = None,
+) -> FlowSolution:
+    """The probability flow from x (B, *) at time `start` to `end`, in either direction, each example with steps of its own.
+
+    `rtol`, `atol`: error per step relative to a state of unit scale; `method`: a pair of `scoresde.ode`; `max_nfe`: evaluations
+    per example; `trace`: how the divergence of du/dtheta is taken where it is to be integrated along. Nothing is raised for
+    examples that fail: they carry a status.
+    """
+    rtol, atol = checks.positive(rtol, "rtol"), checks.positive(atol, "atol")
+    start, end = min(start, model.flow_end), min(end, model.flow_end)
+    path = AnglePath(model.sde, model.sigma_data)
+    ends = (min(start, end), max(start, end))
+
+    def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        chosen = conditions.take_rows(cond, rows)
+        if trace is None:
+            return path.velocity(model, u, theta, ends, chosen), None
+        return trace(lambda leaf: path.velocity(model, leaf, theta, ends, chosen), u, rows)
+
+    solution = ode.solve(
+        slope,
+        x / expand(path.scale(start), x),
+        float(path.angle(start)),
+        float(path.angle(end)),
+        rtol=rtol,
+        atol=atol,
+        q_tol=10 * (rtol + atol),
+        method=method,
+        max_nfe=max_nfe,
+    )
+    reached = path.time(solution.t, *ends)
+    return FlowSolution(solution.y * expand(path.scale(end), x), solution.q, reached, solution.nfe, solution.status)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from scoresde import checks, conditions
+from scoresde.flow import solve_flow
 from scoresde.models.base import ScoreModel, check_input
 from scoresde.modes import evaluating
-from scoresde.rng import RandomSource
-from scoresde.samplers import ProbabilityFlow, State
 from scoresde.sde import expand
 
 
@@ -105,6 +104,7 @@ def interpolate(
 
 def _flow(model: ScoreModel, x: Tensor, start: float, end: float, rtol: float, atol: float, cond: Any) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sampler = ProbabilityFlow(rtol=rtol, atol=atol)
     with evaluating(model):
-        return sampler.step(model, x, start, end, State(), RandomSource(0, x.device, x.shape[0]), cond)
+        solution = solve_flow(model, x, start, end, rtol=rtol, atol=atol, cond=cond)
+    solution.raise_if_failed()
+    return solution.x

@@ -10,7 +10,7 @@ import scoresde
 
 ROOT = Path(scoresde.__file__).parent
 LAYERS = (
-    ("checks", "rng", "modes", "progress", "conditions"),
+    ("checks", "numerics", "rng", "modes", "progress", "conditions"),
     ("ode", "nets"),
     ("sde", "grids"),
     ("models", "losses", "flow"),
@@ -94,5 +94,5 @@ def test_ode_and_nets_know_no_diffusion():
             used = {
                 n.split(".")[1] for n in imports(ast.parse(path.read_text()), path, True) if n.startswith("scoresde.")
             }
-            assert used <= {"checks", "rng", "modes", "progress", "conditions", room_of(path)}
+            assert used <= {"checks", "numerics", "rng", "modes", "progress", "conditions", room_of(path)}
     assert max(map(ORDER.index, ("ode", "nets"))) < min(map(ORDER.index, ("sde", "grids")))

@@ -5,7 +5,7 @@ from scoresde.likelihood.ddpm import DDPMBound, ddpm_bound
 from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
 from scoresde.likelihood.decoupled.survey import plan_likelihood
 from scoresde.likelihood.decoupled.trajectory import AngleWarp
-from scoresde.likelihood.density import LogProb, log_prob
+from scoresde.likelihood.density import LogProb, log_prob, sample_with_log_prob
 from scoresde.likelihood.dequantization import (
     Dequantizer,
     TruncatedNormalDequantizer,
@@ -43,4 +43,5 @@ __all__ = [
     "looks_quantized",
     "plan_likelihood",
     "quantize",
+    "sample_with_log_prob",
 ]

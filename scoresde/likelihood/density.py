@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from scoresde import checks, conditions, ode
+from scoresde.grids import Grid
 from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
 from scoresde.likelihood.decoupled.refinement import Refined, mean_and_error, refined, retraced, tolerance_of
 from scoresde.likelihood.dequantization import warn_if_quantized
 from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
 from scoresde.likelihood.transport import Transport, transport
-from scoresde.models.base import ScoreModel, check_input
-from scoresde.modes import evaluating
+from scoresde.models.base import ScoreModel, check_input, require_model
+from scoresde.modes import device_of, evaluating
 from scoresde.rng import RandomSource, Seed, Streams
+from scoresde.samplers import ProbabilityFlow, time_grid
+from scoresde.samplers.setup import batch_shape, starting_state
 from scoresde.sde import sum_event
 
 PROBES = 1  # the salt of the probes' seed: they must not repeat the noise that a sample was drawn from
@@ -111,9 +114,7 @@ def log_prob(
     if x.is_inference():
         with torch.inference_mode(False):
             x = x.clone()
-    divergence = default_divergence(math.prod(x.shape[1:])) if divergence is None else divergence
-    if not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {divergence!r}.")
+    divergence = _divergence(divergence, math.prod(x.shape[1:]))
     streams = Streams(seed, x.device, x.shape[0], salt=PROBES)
     options = dict(rtol=rtol, atol=atol, max_nfe=max_nfe)
     if method != "decoupled":
@@ -154,6 +155,14 @@ def log_prob(
             change, result.latent = retraced(model, x, divergence, streams, found, cond)
             result.value = model.terminal_log_prob(result.latent) + change
     return result
+
+
+def _divergence(given: Divergence | None, d: int) -> Divergence:
+    """`given`, or the default in d dimensions."""
+    chosen = default_divergence(d) if given is None else given
+    if not isinstance(chosen, Divergence):
+        raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {chosen!r}.")
+    return chosen
 
 
 def _take(
@@ -198,43 +207,83 @@ def _coupled(
     return from_transport(model.terminal_log_prob(moved.x), -moved.change, moved, moved.x, divergence)
 
 
-def generate(
+def sample_with_log_prob(
     model: ScoreModel,
-    z: Tensor,
-    times: Sequence[float],
+    shape: Sequence[int],
     *,
     divergence: Divergence | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     method: str = "tsit5",
     max_nfe: int = 10_000,
+    steps: int | None = None,
     seed: Seed = None,
     cond: Any = None,
+    x_init: Tensor | None = None,
+    grid: Grid | Tensor | None = None,
+    t_max: float | None = None,
     trajectory: Callable[[float, Tensor], None] | None = None,
-    base_std: float | None = None,
 ) -> tuple[Tensor, LogProb]:
-    """Latents z (B, *) at times[0] to samples at times[-1] with their log densities, from one solve.
+    """Draw samples by the probability flow, with their log densities at t_min from the same solve.
 
-    `times`: decreasing, to t_min; the states there go to `trajectory`. `base_std`: z was drawn from N(0, base_std^2 I) at
-    times[0]; None where times[0] is the prior's end, whose density the model knows. The rest is as for `log_prob`.
+    `divergence`, `rtol`, `atol`, `max_nfe` and the Runge-Kutta `method` as for `log_prob`, the rest as for `sample` with
+    method="ode". Returns (x, result): x (B, *) and a `LogProb` whose `latent` is the state that the flow started from.
+    Examples that do not finish carry a status and a NaN value. Raises `ValueError` for a grid that does not end at t_min, and
+    for an x_init at a time where its density is not known.
     """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    divergence = default_divergence(math.prod(z.shape[1:])) if divergence is None else divergence
+    require_model(model)
+    shape = batch_shape(shape)
+    model.check_event(shape[1:])
+    conditions.check(cond, shape[0])
+    times = time_grid(ProbabilityFlow(rtol, atol, method, max_nfe), model, steps, grid, t_max)
+    start, end = float(times[0]), float(times[-1])
+    if end != model.sde.t_min:
+        raise ValueError(
+            f"log densities are those of samples at t_min = {model.sde.t_min:g}, but the grid ends at t = {end:g}."
+        )
+    if x_init is not None and (t_max is not None or start < model.sde.t_max):
+        raise ValueError(
+            f"the log density of x_init at t = {start:g} is not known; start at t_max = {model.sde.t_max:g}, or draw the samples "
+            "and ask log_prob for theirs."
+        )
+    noise = RandomSource(seed, device_of(model), shape[0])
+    z, std = starting_state(model, shape, times, noise, x_init, t_max)
+    return _carried(
+        model,
+        z.to(torch.promote_types(z.dtype, torch.float32)),
+        times.tolist(),
+        std,
+        _divergence(divergence, math.prod(shape[1:])),
+        seed,
+        trajectory,
+        dict(rtol=rtol, atol=atol, method=method, max_nfe=max_nfe, cond=cond),
+    )
+
+
+def _carried(
+    model: ScoreModel,
+    z: Tensor,
+    times: Sequence[float],
+    std: float | None,
+    divergence: Divergence,
+    seed: Seed,
+    trajectory: Callable[[float, Tensor], None] | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, LogProb]:
+    """z (B, *) from times[0] to times[-1] with its log density, which at times[0] is N(0, std^2 I)'s, or (None) the model's own."""
     probes = divergence.probes(z.shape, z.dtype, RandomSource(seed, z.device, z.shape[0], salt=PROBES))
-    if base_std is None:
+    if std is None:
         value = model.terminal_log_prob(z)
     else:
-        value = -0.5 * sum_event((z.double() / base_std) ** 2)
-        value = value - z[0].numel() * (0.5 * math.log(2 * math.pi) + math.log(base_std)) if z.shape[0] else value
+        value = -0.5 * sum_event((z.double() / std) ** 2)
+        value = value - math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(std))
     x, change, nfe = z, 0.0, 0
     status = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
     if trajectory is not None:
         trajectory(times[0], x)
     with evaluating(model):
         for t, s in pairwise(times):
-            moved = transport(
-                model, x, t, s, divergence, probes, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe, cond=cond
-            )
+            moved = transport(model, x, t, s, divergence, probes, **options)
             x, change, nfe = moved.x, change + moved.change, nfe + moved.nfe
             status = torch.maximum(status, moved.status)
             if trajectory is not None:

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import conditions, ode
-from scoresde.flow import AnglePath
+from scoresde import ode
+from scoresde.flow import AnglePath, solve_flow
 from scoresde.likelihood.divergence import Divergence
 from scoresde.models.base import ScoreModel
-from scoresde.samplers.ode import raise_if_failed
-from scoresde.sde import expand
 
 
 @dataclass
@@ -54,29 +52,23 @@ def transport(
     of `scoresde.ode`. Raises `NonFiniteError` (naming t and the examples) for NaN from the network.
     """
     start, end = min(start, model.flow_end), min(end, model.flow_end)
-    path = AnglePath(model.sde, model.sigma_data)
-    ends = (min(start, end), max(start, end))
-
-    def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = conditions.take_rows(cond, rows)
-        return divergence(
-            lambda leaf: path.velocity(model, leaf, theta, ends, chosen), u, None if probes is None else probes[rows]
-        )
-
-    solution = ode.solve(
-        slope,
-        x / expand(path.scale(start), x),
-        float(path.angle(start)),
-        float(path.angle(end)),
+    moved = solve_flow(
+        model,
+        x,
+        start,
+        end,
         rtol=rtol,
         atol=atol,
-        q_tol=10 * (rtol + atol),
         method=method,
         max_nfe=max_nfe,
+        cond=cond,
+        trace=lambda velocity, u, rows: divergence(velocity, u, None if probes is None else probes[rows]),
     )
-    if bool((solution.status == ode.NOT_FINITE).any()):
-        raise_if_failed(solution, path, ends)
-    d = math.prod(x.shape[1:])
-    stretch = d * math.log(float(path.scale(end)) / float(path.scale(start)))
-    q = solution.q if solution.q.shape[1] else torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device)
-    return Transport(solution.y * expand(path.scale(end), x), -q - stretch, solution.nfe, solution.status)
+    if bool((moved.status == ode.NOT_FINITE).any()):
+        moved.raise_if_failed()
+    path = AnglePath(model.sde, model.sigma_data)
+    stretch = math.prod(x.shape[1:]) * math.log(float(path.scale(end)) / float(path.scale(start)))
+    q = moved.divergence
+    if not q.shape[1]:  # an empty batch, or a solve of no length
+        q = torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device)
+    return Transport(moved.x, -q - stretch, moved.nfe, moved.status)

@@ -1,7 +1,7 @@
 """Samplers: objects that take x from one time to an earlier one, and the loop that runs them."""
 
 from scoresde.samplers.backends import ScipyRK45, TorchDiffEq, TorchSDE
-from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, run, steps_within, time_grid, transition
+from scoresde.samplers.base import LinearSampler, Sampler, State, Trajectory, run, transition
 from scoresde.samplers.brownian import BrownianPath, PathNoise
 from scoresde.samplers.corrector import AnnealedLangevin, Langevin, PredictorCorrector
 from scoresde.samplers.exponential import Angle, Data, ErSde, Noise, Prediction, Tau
@@ -11,6 +11,7 @@ from scoresde.samplers.linear import DDIM, Ancestral, EulerMaruyama, FlowEuler, 
 from scoresde.samplers.multistep import Multistep
 from scoresde.samplers.ode import ProbabilityFlow
 from scoresde.samplers.registry import METHODS, sampler_for
+from scoresde.samplers.setup import steps_within, time_grid
 from scoresde.samplers.singlestep import Singlestep
 
 __all__ = [

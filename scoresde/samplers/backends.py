@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,18 +74,28 @@ def _require_finite(value: Tensor, t: float) -> Tensor:
 # -- the reverse SDE -------------------------------------------------------------------------------------------------
 
 
+class RatesRow(NamedTuple):
+    """The reverse SDE at one time, towards smaller t: dx = (pull x + gain D) dt + noise dw."""
+
+    pull: float
+    gain: float
+    noise: float
+
+
 @dataclass
 class _Solve:
-    """What the intervals of one solve share: its ends, coefficients by time, and the Brownian path."""
+    """What the intervals of one solve share: its ends, the SDE by time, and the Brownian path."""
 
     low: float
     high: float
-    rates: dict[float, tuple[float, float, float]] = field(default_factory=dict)
+    rates: dict[float, RatesRow] = field(default_factory=dict)
     path: BrownianPath | None = None
 
 
-class TorchSDE(Sampler):
-    """The reverse SDE by a scheme of torchsde, driven by a path that does not change when the steps do.
+class TorchSDE(Sampler[RatesRow]):
+    r"""The reverse SDE by a scheme of torchsde, driven by a path that does not change when the steps do:
+
+    $$dx = \left[f x - g^2\,\nabla\log p_t(x)\right] dt + g\,d\bar w .$$
 
     Arguments: `scheme`: "euler", "milstein", "srk" (Ito), "euler_heun", "heun", "midpoint" or "log_ode"
     (Stratonovich); g does not depend on x, so that both calculi mean the same process. `adaptive`: let torchsde choose
@@ -104,6 +114,8 @@ class TorchSDE(Sampler):
     Reference: Li et al. 2020, "Scalable gradients for stochastic differential equations" (torchsde).
     """
 
+    row_type = RatesRow
+
     def __init__(self, scheme: str = "euler", *, adaptive: bool = False, rtol: float = 1e-3, atol: float = 1e-3):
         self.scheme = checks.choice(scheme, SCHEMES, "scheme of torchsde")
         self.calculus, self.nfe_per_step = SCHEMES[scheme]
@@ -116,10 +128,10 @@ class TorchSDE(Sampler):
         self.nfe = 0
         _library("torchsde", type(self).__name__)
 
-    def start(self, model: ScoreModel, times: Tensor) -> State:
+    def start(self, model: ScoreModel, times: Tensor) -> State[RatesRow]:
         self.nfe = 0
         state = super().start(model, times)
-        state.memory = _Solve(float(times[-1]), float(times[0]), {t: row for (t, _), row in state.table.items()})
+        state.memory = _Solve(float(times[-1]), float(times[0]), dict(zip(state.times, state.rows, strict=False)))
         return state
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +167,7 @@ class TorchSDE(Sampler):
 
 
 def _rates(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(a, b, g) with -[f x - g^2 score] = a x + b D, the drift towards smaller t: b = g^2 alpha/sigma^2."""
+    """The columns of `RatesRow`: -[f x - g^2 score] = a x + b D with b = g^2 alpha/sigma^2."""
     g = sde.diffusion(t)
     pull = (g / sde.sigma(t)) ** 2
     return -(sde.drift_scale(t) + pull), pull * sde.alpha(t), g
@@ -172,7 +184,7 @@ class _Reverse:
         model: ScoreModel,
         shape: torch.Size,
         ends: tuple[float, float],
-        rates: dict[float, tuple[float, float, float]],
+        rates: dict[float, RatesRow],
         cond: Any,
     ):
         self.sde_type = sampler.calculus
@@ -180,12 +192,12 @@ class _Reverse:
         self.ends, self.rates = ends, rates
         self.last: tuple[float, Tensor, Tensor] | None = None  # torchsde asks for the slope at a step's start twice
 
-    def at(self, minus_t: Tensor) -> tuple[float, tuple[float, float, float]]:
+    def at(self, minus_t: Tensor) -> tuple[float, RatesRow]:
         """t, and the coefficients there."""
         t = min(max(-float(minus_t), self.ends[0]), self.ends[1])
         if t not in self.rates:
             values = _rates(self.model.sde, torch.tensor([t], dtype=torch.float64))
-            self.rates[t] = tuple(float(v) for v in values)
+            self.rates[t] = RatesRow(*(float(v) for v in values))
         return t, self.rates[t]
 
     def f(self, minus_t: Tensor, y: Tensor) -> Tensor:
@@ -225,9 +237,11 @@ class _Motion:
 # -- the probability flow --------------------------------------------------------------------------------------------
 
 
-class _FlowBackend(Sampler):
+class _FlowBackend(Sampler[tuple[()]]):
     """The probability flow in t, one solve per interval of the grid, step sizes shared by the batch."""
 
+    stochastic = False
+    adaptive = True
     default_steps = 1
     nfe_per_step = None
     denoise_final = False
@@ -259,7 +273,9 @@ class _FlowBackend(Sampler):
 
 
 class TorchDiffEq(_FlowBackend):
-    """The probability flow through `torchdiffeq.odeint`.
+    r"""The probability flow through `torchdiffeq.odeint`:
+
+    $$\frac{dx}{dt} = f x - \tfrac12 g^2\,\nabla\log p_t(x) .$$
 
     Arguments: `method`: "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", which choose their steps for `rtol`
     and `atol`; or "euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams" with one step per
@@ -275,17 +291,18 @@ class TorchDiffEq(_FlowBackend):
         self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, options: dict[str, Any] | None = None
     ):
         self.method = checks.choice(method, (*ADAPTIVE, *FIXED), "method of torchdiffeq")
+        self.adaptive = method in ADAPTIVE
         self.nfe_per_step = FIXED.get(method)
         self.rtol = checks.positive(rtol, "rtol")
         self.atol = checks.positive(atol, "atol")
         self.options = dict(options or {})
-        self.default_steps = 1 if method in ADAPTIVE else 100
+        self.default_steps = 1 if self.adaptive else 100
         _library("torchdiffeq", type(self).__name__)
 
     def solve(self, slope: Callable[[float, Tensor], Tensor], x: Tensor, t: float, s: float) -> Tensor:
         ends = torch.tensor([t, s], dtype=torch.float64, device=x.device)
         options = dict(self.options)
-        if self.method in ADAPTIVE:  # by itself the last step would go past the end
+        if self.adaptive:  # by itself the last step would go past the end
             options = {"step_t": ends[1:], "max_num_steps": MAX_STEPS} | options
         odeint = _library("torchdiffeq", type(self).__name__).odeint
         try:

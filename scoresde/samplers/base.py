@@ -15,13 +15,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.grids import Grid, given, uniform_time
+from scoresde.grids import Grid, uniform_time
 from scoresde.models.base import ScoreModel
 from scoresde.models.prepared import PreparedModel
 from scoresde.progress import bar
@@ -29,65 +29,100 @@ from scoresde.rng import RandomSource
 from scoresde.samplers.brownian import PathNoise
 from scoresde.sde import SDE
 
-Coefficients = tuple[float, ...]
+Row = TypeVar("Row")
 
 
 @dataclass
-class State:
-    """What a sampler carries from step to step: the coefficients of the whole grid, and `memory` for multistep methods."""
+class State(Generic[Row]):
+    """What one solve carries from step to step.
 
-    table: dict[tuple[float, float], Coefficients] = field(default_factory=dict)
+    `rows`: the numbers of every step, one row a step, of the kind that the sampler names (`row_type`): rows[i] belongs to the step
+    from times[i] to times[i + 1]. `Sampler.start` makes them, `Sampler.step` asks for its own with `Sampler.row`.
+    `index`: the step that is next. `memory`: what a method remembers of earlier steps, if anything.
+    """
+
+    times: list[float] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     memory: Any = None
+    index: int = 0
 
 
-class Sampler(ABC):
+class Sampler(ABC, Generic[Row]):
     """Takes x from time t to an earlier time s.
 
-    Attributes: `default_steps`; `grid`, the time grid used unless another is given; `denoise_final`, whether the loop
+    Attributes: `stochastic`, whether its steps draw noise; `adaptive`, whether it chooses steps of its own within an interval of
+    the grid; `row_type`, the tuple that holds one step's numbers; `default_steps`; `grid`, the time grid used unless another is
+    given; `denoise_final`, whether the loop
     ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
     `nfe_per_step`, evaluations of the network per step (None: as many as its tolerances need); `convergence_order`, that of
     the endpoint's error in the step size on smooth grids, for deterministic methods of fixed steps; `saved_at_zero`,
-    evaluations that a step which ends at sigma = 0 does without.
+    evaluations that a step which ends at sigma = 0 does without; `solve_options`, the options of `scoresde.flow.solve_flow` where
+    the sampler is that solve, whose samples can have their log densities along.
     """
 
+    stochastic: bool = True
+    adaptive: bool = False
+    row_type: Callable[..., Any] = tuple
     default_steps: int = 100
     nfe_per_step: int | None = 1
     grid: Grid = staticmethod(uniform_time)
     denoise_final: bool = True
     convergence_order: int | None = None
     saved_at_zero: int = 0
+    solve_options: dict[str, Any] | None = None
 
     def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
         """The decreasing float64 times of a solve of `steps` steps, from `t_max` where it is given."""
         sde = model.sde
         return self.grid(sde, steps) if t_max is None else self.grid(sde, steps, t_max=t_max)
 
-    def start(self, model: ScoreModel, times: Tensor) -> State:
-        """The state before the first step: coefficients of every interval of `times` (N + 1,), computed at once."""
+    def on_given_grid(self) -> Sampler:
+        """The sampler that runs on a grid of the caller's: itself, unless its formulas belong to times of its own."""
+        return self
+
+    def start(self, model: ScoreModel, times: Tensor) -> State[Row]:
+        """The state before the first step of a solve through `times` (N + 1,)."""
+        return State(times.tolist(), self.rows(model, times))
+
+    def rows(self, model: ScoreModel, times: Tensor) -> list[Row]:
+        """The row of every step of `times` (N + 1,), from `columns`, computed at once. Raises `ValueError` if one is not finite."""
         t, s = times[:-1], times[1:]
         columns = [c.tolist() for c in self.columns(model, t, s)]
-        for i, row in enumerate(zip(*columns, strict=True)):
-            if not all(math.isfinite(c) for c in row):
+        rows = list(zip(*columns, strict=True)) if columns else [()] * t.numel()
+        for i, row in enumerate(rows):
+            if not all(map(math.isfinite, row)):
                 raise undefined(self, model.sde, float(t[i]), float(s[i]))
-        keys = zip(t.tolist(), s.tolist(), strict=True)
-        rows = zip(*columns, strict=True) if columns else ((),) * t.numel()
-        return State(dict(zip(keys, rows, strict=True)))
+        return list(map(getattr(self.row_type, "_make", tuple), rows))
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         """The numbers that a step from t to s needs, for vectors t and s (N,) in float64."""
         return ()
 
     def columns(self, model: ScoreModel, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        """`coefficients` as this sampler's steps want them, which may fold the model's own into them."""
+        """`coefficients` as this sampler's rows hold them, which may fold the model's own into them."""
         return self.coefficients(model.sde, t, s)
 
-    def lookup(self, model: ScoreModel, state: State, t: float, s: float) -> Coefficients:
-        """The coefficients of one step, from the table or, outside a prepared grid, computed for it."""
-        found = state.table.get((t, s))
-        if found is None:
-            pair = self.columns(model, *(torch.tensor([v], dtype=torch.float64) for v in (t, s)))
-            found = state.table[t, s] = tuple(float(c) for c in pair)
-        return found
+    def row(self, model: ScoreModel, state: State[Row], t: float, s: float) -> Row:
+        """The row of the step from t to s, usually the next of the solve in `state`.
+
+        A step that continues the solve beyond its last time is added to it. Any other makes of `state` (which may be `State()`) a
+        solve of this one step (`alone`).
+        """
+        i, times = state.index, state.times
+        if not (i < len(state.rows) and times[i] == t and times[i + 1] == s):
+            i = times.index(t) if t in times else -1
+            if i >= 0 and i == len(times) - 1:
+                state.rows.append(self.rows(model, torch.tensor([*times, s], dtype=torch.float64))[-1])
+                times.append(s)
+            elif i < 0 or times[i + 1] != s:
+                vars(state).update(vars(self.alone(model, t, s)))
+                i = 0
+        state.index = i + 1
+        return state.rows[i]
+
+    def alone(self, model: ScoreModel, t: float, s: float) -> State[Row]:
+        """The state of a step outside of any solve: that of a solve of one step."""
+        return self.start(model, torch.tensor([t, s], dtype=torch.float64))
 
     @abstractmethod
     def step(
@@ -103,11 +138,27 @@ class Sampler(ABC):
         """x (B, *) at time t -> x at time s < t. Random numbers come from `noise` alone."""
 
 
-class LinearSampler(Sampler):
-    """x_s = A x + B D(x, t) + C z. A subclass gives `coefficients`, the formula for (A, B, C)."""
+class LinearRow(NamedTuple):
+    """One step in terms of the network's raw output F: x_s = keep x_t + gain F + noise z."""
+
+    keep: float
+    gain: float
+    noise: float
+
+
+class LinearSampler(Sampler[LinearRow]):
+    r"""A first-order step, affine in the state, the denoiser and noise. A subclass gives `coefficients`, the formula for (A, B, C):
+
+    $$x_s = A\,x_t + B\,D(x_t, t) + C\,z .$$
+
+    Every model's denoiser is affine in the network's raw output, D = p x + q F, so the step is taken as
+    (A + B p) x + B q F + C z: two tensor operations beside the network.
+    """
+
+    row_type = LinearRow
 
     def columns(self, model: ScoreModel, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        """(A + B p, B q, C) for D = p x + q F: the step in terms of the model's raw output."""
+        """(A + B p, B q, C) for D = p x + q F."""
         a, b, c = self.coefficients(model.sde, t, s)
         p, q, _, _ = model.affine(t)
         return a + b * p, b * q, c
@@ -115,8 +166,8 @@ class LinearSampler(Sampler):
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
-        a, b, c = self.lookup(model, state, t, s)
-        x = torch.mul(x, a).add_(model.output(x, t, cond), alpha=b)
+        keep, gain, c = self.row(model, state, t, s)
+        x = torch.mul(x, keep).add_(model.output(x, t, cond), alpha=gain)
         return x.add_(noise.normal(x.shape, x.dtype), alpha=c) if c else x
 
 
@@ -157,55 +208,6 @@ class Trajectory:
     def __call__(self, t: float, x: Tensor) -> None:
         self.times.append(t)
         self.states.append(x.clone())
-
-
-def time_grid(
-    sampler: Sampler,
-    model: ScoreModel,
-    steps: int | None,
-    grid: Grid | Tensor | None = None,
-    t_max: float | None = None,
-) -> Tensor:
-    """The decreasing float64 times of a solve. Raises `ValueError` for steps < 1 or a grid that does not decrease."""
-    unset = steps is None
-    steps = sampler.default_steps if unset else checks.positive_int(steps, "steps")
-    if grid is not None and not callable(grid):
-        grid, whole = given(grid), len(grid) - 1
-        steps = whole if unset else steps
-    if grid is None:
-        times = sampler.times(model, steps, t_max)
-    else:
-        times = grid(model.sde, steps) if t_max is None else grid(model.sde, steps, t_max=t_max)
-    if not bool((times[1:] < times[:-1]).all()):
-        raise ValueError(
-            f"the time grid of {steps} steps does not decrease strictly (two times coincide in float64); use fewer steps."
-        )
-    return times
-
-
-def steps_within(sampler: Sampler, sde: SDE, nfe: int, denoise_final: bool | None) -> int:
-    """The number of steps to t_min that costs exactly `nfe` network evaluations, the final denoiser included.
-
-    Raises `ValueError` where there is none, naming the nearest budgets that there are.
-    """
-    checks.positive_int(nfe, "nfe")
-    each, final = sampler.nfe_per_step, int(sampler.denoise_final if denoise_final is None else denoise_final)
-    name = type(sampler).__name__
-    if each is None:
-        raise ValueError(f"{name} chooses its own number of network evaluations; set its tolerances instead of nfe.")
-    if each == 0:
-        raise ValueError(f"{name} makes no network evaluations; pass steps instead of nfe.")
-    if float(sde.sigma(sde.t_min)) == 0.0:
-        final -= sampler.saved_at_zero
-    steps, left = divmod(nfe - final, each)
-    if steps < 1 or left:
-        low = max(steps, 1) * each + final
-        fits = f"{low}" if low > nfe else f"{low} or {low + each}"
-        raise ValueError(
-            f"{name} costs {each} evaluations a step{' and one for the final denoiser' if final > 0 else ''}, so nfe = {nfe} "
-            f"cannot be met exactly; ask for {fits}{', or pass denoise_final=False' if final > 0 and nfe % each == 0 else ''}."
-        )
-    return steps
 
 
 def run(
@@ -293,5 +295,6 @@ class _Watch:
             return
         raise checks.NonFiniteError(
             f"NaN or infinity in step {step}, which began at t = {t:.6g}, in {len(rows)} of {x.shape[0]} samples, "
-            f"rows {checks.rows_text(rows)}. Check the network from that t on; if the network is finite there, use more steps."
+            f"rows {checks.rows_text(rows)}. Check the network from that t on; if it is finite there, use more steps, and if it "
+            "predicts the noise and the schedule ends with almost no signal, clip the denoiser: Clipped(model)."
         )

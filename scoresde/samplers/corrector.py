@@ -2,7 +2,8 @@ r"""Langevin correctors and the predictor-corrector sampler (Song et al. 2021, a
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +64,23 @@ def _mean_norm(x: Tensor) -> Tensor:
     return x.flatten(1).double().norm(dim=1).mean()
 
 
-class PredictorCorrector(Sampler):
-    """A predictor's step from t to s, then a corrector at s.
+class MarginalRow(NamedTuple):
+    """alpha and sigma at a step's end, where the corrector works."""
+
+    alpha: float
+    sigma: float
+
+
+class PredictorCorrector(Sampler[MarginalRow]):
+    r"""A predictor's step from t to s, then `steps` Langevin steps at s:
+
+    $$x \leftarrow \mathrm{predict}(x_t, t, s), \qquad x \leftarrow x + e\,\nabla\log p_s(x) + \sqrt{2e}\,z .$$
 
     Arguments: `predictor`, any `Sampler` (default `ReverseDiffusion`); `corrector`, a `Langevin` (default snr 0.16,
     one step), or None for the predictor alone.
     """
 
+    row_type = MarginalRow
     default_steps = 500
 
     def __init__(self, predictor: Sampler | None = None, corrector: Langevin | None = Langevin()):  # noqa: B008
@@ -77,6 +88,8 @@ class PredictorCorrector(Sampler):
         if not isinstance(self.predictor, Sampler):
             raise TypeError(f"predictor must be a Sampler object, such as Ancestral(), got {predictor!r}.")
         self.corrector = corrector
+        self.stochastic = corrector is not None or self.predictor.stochastic
+        self.adaptive = self.predictor.adaptive
         each = self.predictor.nfe_per_step
         self.nfe_per_step = None if each is None else each + (corrector.steps if corrector else 0)
         self.saved_at_zero = self.predictor.saved_at_zero + (corrector.steps if corrector else 0)
@@ -84,9 +97,17 @@ class PredictorCorrector(Sampler):
     def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
         return self.predictor.times(model, steps, t_max)
 
-    def start(self, model: ScoreModel, times: Tensor) -> State:
-        state = super().start(model, times)
-        state.memory = self.predictor.start(model, times)
+    def on_given_grid(self) -> Sampler:
+        other = copy.copy(self)
+        other.predictor = self.predictor.on_given_grid()
+        return other
+
+    def start(self, model: ScoreModel, times: Tensor) -> State[MarginalRow]:
+        return State(times.tolist(), self.rows(model, times), self.predictor.start(model, times))
+
+    def alone(self, model: ScoreModel, t: float, s: float) -> State[MarginalRow]:
+        state = State([t, s], self.rows(model, torch.tensor([t, s], dtype=torch.float64)))
+        state.memory = self.predictor.alone(model, t, s)
         return state
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -95,13 +116,9 @@ class PredictorCorrector(Sampler):
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
-        if state.memory is None:  # a single step outside the loop
-            state.memory = State()
+        alpha, sigma = self.row(model, state, t, s)
         x = self.predictor.step(model, x, t, s, state.memory, noise, cond)
-        if self.corrector is None:
-            return x
-        alpha, sigma = self.lookup(model, state, t, s)
-        if sigma == 0:  # no noise, nothing to correct
+        if self.corrector is None or sigma == 0:  # without noise there is nothing to correct
             return x
         return self.corrector.correct(model, x, s, alpha, sigma, noise, cond)
 

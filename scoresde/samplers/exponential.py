@@ -32,15 +32,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.flow import rotated_velocity, rotation
+from scoresde.numerics import Array, lagrange_integrals, legendre
 from scoresde.sde import SDE
 
-Array = NDArray[np.float64]
-
-_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(48)
+QUADRATURE = 48  # points of the quadrature in each step
 VARIABLES = ("log-snr", "ratio", "time", "angle")
 REACH = 40.0  # a step to sigma = 0 is integrated over this many units of log r: exp(-40) is below rounding
 
@@ -164,13 +163,13 @@ class Angle(Prediction):
 
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
         a, b, c, e = affine
-        theta = np.arctan2(at.sigma, at.alpha * self.c)
-        cos, sin = np.cos(theta), np.sin(theta) / self.c
-        return cos * c - sin * a, cos * e - sin * b
+        theta, _ = rotation(at.alpha, at.sigma, self.c)
+        cosine, sine_over_c = np.cos(theta), np.sin(theta) / self.c
+        return rotated_velocity(cosine, sine_over_c, a, c), rotated_velocity(cosine, sine_over_c, b, e)
 
     def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
-        theta_t, theta_s = (np.arctan2(v.sigma, v.alpha * self.c) for v in (t, s))
-        scale_t, scale_s = (np.hypot(v.sigma, v.alpha * self.c) for v in (t, s))
+        theta_t, scale_t = rotation(t.alpha, t.sigma, self.c)
+        theta_s, scale_s = rotation(s.alpha, s.sigma, self.c)
         return scale_s / scale_t, scale_s, theta_s - theta_t, np.zeros_like(t.t)
 
     def density(self, log_r: Array, end: Array) -> Array:
@@ -186,8 +185,8 @@ def step_weights(
     variable: str = "log-snr",
     *,
     midpoint: bool = False,
-) -> list[Array]:
-    """Weights w_j (N,) of the predictions at k `nodes`, for steps from t to s.
+) -> Array:
+    """Weights w (k, N) of the predictions at k `nodes`, for N steps from t to s.
 
     With `midpoint` the polynomial is not integrated but evaluated at the middle of the step in log-SNR, as DPM-Solver++
     (2M) and UniPC's two-node formulas do: the same order, other constants. A step to sigma = 0 by data
@@ -196,30 +195,24 @@ def step_weights(
     _, gain, total, _ = prediction.ends(t, s)
     total = gain * total
     if len(nodes) == 1:
-        return [total]
+        return total[None]
     start, end = t.log_r[:, None], s.log_r[:, None]
     half = 0.5 * (np.maximum(end, start - REACH) - start)
     if midpoint:
         points, mass = start + half, np.ones_like(half)
     else:
-        points = start + half * (1 + _POINTS)
-        mass = _WEIGHTS * prediction.density(points, end)
+        at, weights = legendre(QUADRATURE)
+        points = start + half * (1 + at)
+        mass = weights * prediction.density(points, end)
     at = _coordinate(sde, points, variable, prediction)
     if variable == "time":
-        knots = [node.t[:, None] for node in nodes]
+        knots = [node.t for node in nodes]
     else:
-        knots = [_coordinate(sde, node.log_r[:, None], variable, prediction) for node in nodes]
-    weights = []
-    for j, knot in enumerate(knots):
-        basis = mass
-        for i, other in enumerate(knots):
-            if i != j:
-                basis = basis * ((at - other) / (knot - other))
-        weights.append(basis.sum(1))
-    scale = total / sum(weights)  # sum(weights) is the integral of dM, known exactly
-    weights = [w * scale for w in weights]
+        knots = [_coordinate(sde, node.log_r, variable, prediction) for node in nodes]
+    weights = lagrange_integrals(np.stack(knots), at, mass)
+    weights = weights * (total / weights.sum(0))  # their sum is the integral of dM, known exactly
     if isinstance(prediction, Data) and not s.sigma.all():
-        weights = [np.where(s.sigma == 0, total if j == 0 else 0.0, w) for j, w in enumerate(weights)]
+        weights = np.where(s.sigma == 0, total * np.eye(len(nodes), 1), weights)
     return weights
 
 
@@ -231,7 +224,7 @@ def _coordinate(sde: SDE, log_r: Array, variable: str, prediction: Prediction) -
         return np.exp(log_r)
     if variable == "time":
         return sde.time(torch.from_numpy(-2 * log_r)).numpy()
-    return np.arctan(np.exp(log_r) / getattr(prediction, "c", 1.0))
+    return rotation(1.0, np.exp(log_r), getattr(prediction, "c", 1.0))[0]
 
 
 def affine_arrays(model: object, times: Tensor) -> list[Array]:

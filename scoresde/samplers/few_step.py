@@ -29,15 +29,16 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.flow import rotation
 from scoresde.grids import ends_of
 from scoresde.models.base import ScoreModel
-from scoresde.models.prepared import combine
+from scoresde.numerics import Array, lagrange_integrals, legendre
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
-from scoresde.samplers.exponential import Angle, Array, Points, affine_arrays
-from scoresde.samplers.multistep import Multistep, Plan
+from scoresde.samplers.exponential import Angle, Points, affine_arrays
+from scoresde.samplers.multistep import History, HistorySampler, Multistep, MultistepRow
 
-_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+QUADRATURE = 16  # points of the quadrature in each panel
 PANEL = 2.0  # longest panel of the quadrature, in units of log r
 
 
@@ -95,13 +96,10 @@ def integrals(start: float, end: float, knots: Array, c: float) -> Array:
     """Integrals d theta from r = start to r = end of the Lagrange polynomials in tau through `knots` (k,), infinity allowed."""
     edges = np.linspace(math.log(start), math.log(end), max(1, math.ceil(math.log(start / end) / PANEL)) + 1)
     half = 0.5 * np.diff(edges)[:, None]
-    log_r = (0.5 * (edges[1:] + edges[:-1])[:, None] + half * _POINTS).ravel()
-    mass = (half * _WEIGHTS).ravel() * Angle(c).density(log_r, log_r)
-    at, known = tau(np.exp(log_r), c), tau(knots, c)
-    factors = (at - known[:, None]) / (known[:, None, None] - known[:, None] + np.eye(len(known))[:, :, None])
-    for j in range(len(known)):
-        factors[j, j] = 1.0
-    return factors.prod(1) @ mass
+    at, weights = legendre(QUADRATURE)
+    log_r = (0.5 * (edges[1:] + edges[:-1])[:, None] + half * at).ravel()
+    mass = (half * weights).ravel() * Angle(c).density(log_r, log_r)
+    return lagrange_integrals(tau(knots, c), tau(np.exp(log_r), c), mass)
 
 
 def rule(n: int) -> tuple[int, float]:
@@ -139,16 +137,23 @@ def untuned(r_max: float, r_min: float, c: float, n: int) -> Scheme:
     return Scheme(r, np.zeros(n), rule_weights(r, c, r_max))
 
 
-class FewStep(Sampler):
-    """The module's scheme: `method="auto"`, and what `scoresde.distill.solver` returns.
+class FewStep(HistorySampler):
+    r"""The module's scheme: `method="auto"`, and what `scoresde.tune` returns.
+
+    $$x_s = A\,x_t + \sum_j w_j\,v_j + a\,\mu, \qquad v_j = \cos\theta_j\,\hat\epsilon_j - \sin\theta_j\,D_j/c,$$
+
+    the step of the module's docstring in terms of x, with the data's mean mu; the first interval of the grid is the free move,
+    x_s = A x_t + a mu.
 
     `steps` is the number of network evaluations, exactly. Deterministic, and ends at t_min without a final denoiser.
     Arguments: `scheme`, a tuned one (then `steps` is its own number), or None for the rule; `c`, the data's standard
     deviation (None: the model's `sigma_data`); `mean`, the data's mean, shape of one example, or None for zero; `report`,
-    what tuning gained.
+    what tuning gained; `event_shape`, that of the examples it was tuned on, and `model_sha256`, the digest of the model, None where
+    they are not known.
     On a grid that is given it is `Multistep("angle", 3)`: every time but the last costs an evaluation.
     """
 
+    stochastic = False
     default_steps = 10
     denoise_final = False
 
@@ -158,11 +163,19 @@ class FewStep(Sampler):
         c: float | None = None,
         mean: Tensor | None = None,
         report: Report | None = None,
+        event_shape: tuple[int, ...] | None = None,
+        model_sha256: str | None = None,
     ):
         self.scheme = scheme
         self.report = report
         self.c = None if c is None else checks.positive(c, "c")
         self.mean = mean
+        if event_shape is None and mean is not None:
+            event_shape = tuple(mean.shape)
+        self.event_shape = None if event_shape is None else tuple(event_shape)
+        if mean is not None:
+            checks.same_shape(mean, self.event_shape, "the mean of a sampler (one example)")
+        self.model_sha256 = model_sha256
         if scheme is not None:
             self.default_steps = scheme.nfe
 
@@ -191,67 +204,79 @@ class FewStep(Sampler):
         inner = inner[inner < start - 1e-12] if float(inner[0]) > start - 1e-9 else inner
         return torch.cat([ends[:1], inner, ends[1:]])
 
-    def start(self, model: ScoreModel, times: Tensor) -> State:
-        c, points = self.scale(model), Points.of(model.sde, times)
-        if self.mean is not None and model.event_shape is not None:
-            checks.same_shape(self.mean, model.event_shape, "the mean that this sampler was tuned with (one example)")
-        own = self._is_own(model, times)
-        if own is None:
-            return self._elsewhere(c).start(model, times)
-        scheme, free = own
-        at = points[1:] if free else points
-        p, q = Angle(c).combination(affine_arrays(model, torch.from_numpy(at.t)), at)
-        size = np.hypot(at.sigma, at.alpha * c)
-        sine = at.sigma / size  # sin(theta) = sigma/size, with the mean's part of v: sin(theta) mean / c
-        keep = (1 + scheme.gain) * size[1:] / size[:-1]
-        weights = size[1:, None] * scheme.weights
-        shift = at.alpha[1:] - keep * at.alpha[:-1] + weights @ (sine[:-1] / c)
-        table: dict[tuple[float, float], Any] = {}
-        moments = times.tolist()
-        if free:
-            ratio = float(
-                np.hypot(points.sigma[1], points.alpha[1] * c) / np.hypot(points.sigma[0], points.alpha[0] * c)
-            )
-            table[moments[0], moments[1]] = (ratio, float(points.alpha[1] - ratio * points.alpha[0]))
-        for i, (t, s) in enumerate(zip(at.t[:-1].tolist(), at.t[1:].tolist(), strict=True)):
-            row = [(j, float(w)) for j, w in enumerate(weights[i, : i + 1]) if w]
-            table[t, s] = (float(p[i]), float(q[i]), float(keep[i]), row, float(shift[i]))
-        return State(table, [])
-
-    def _is_own(self, model: ScoreModel, times: Tensor) -> tuple[Scheme, bool] | None:
-        """(scheme, whether its first interval is free) if `times` are this sampler's own."""
-        t_max = float(times[0])
-        for n, free in ((times.numel() - 2, True), (times.numel() - 1, False)):
-            if n >= 1 and (self.scheme is None or self.scheme.nfe == n):
-                expected = self.times(model, n, t_max)
-                if expected.shape == times.shape and torch.equal(expected, times):
-                    return self.scheme_for(model, n, t_max), free
-        return None
-
-    def _elsewhere(self, c: float) -> Multistep:
-        """Off its own nodes, where infinity is no useful node: plain Adams in the same coordinates."""
+    def on_given_grid(self) -> Sampler:
+        """Plain Adams in the same coordinates: off the scheme's own noise levels infinity is no useful node."""
         if self.scheme is not None:
+            raise ValueError("a tuned sampler runs on its own noise levels; leave out grid.")
+        return Multistep("angle" if self.c is None else Angle(self.c), 3)
+
+    def start(self, model: ScoreModel, times: Tensor) -> State[MultistepRow]:
+        rows = self.rows(model, times)
+        return State(times.tolist(), rows, History(max(len(row.weights) for row in rows), self.mean))
+
+    def alone(self, model: ScoreModel, t: float, s: float) -> State[MultistepRow]:
+        raise ValueError(
+            f"FewStep is a scheme for a whole solve and has no single step from t = {t:g} to {s:g}: begin with "
+            'start(model, times), the times being its own times(model, steps), or use Multistep("angle", 3).'
+        )
+
+    def evaluations(self, model: ScoreModel, times: Tensor) -> tuple[int, bool]:
+        """(n, whether the first interval is the free move) of a solve through `times`, its own: that of the rule is free where
+        the start lies nearer to infinity, in tau, than one step of the grid.
+        """
+        n = times.numel() - 1
+        if self.scheme is not None:
+            free = n > self.scheme.nfe
+        else:
+            r = np.exp(Points.of(model.sde, times[:3]).log_r)
+            start, *following = tau(r, self.scale(model))
+            free = n > 1 and 1 - start <= following[0] - following[1]
+        n -= free
+        own = self.times(model, n, float(times[0]))
+        if own.shape != times.shape or not torch.allclose(own, times, rtol=0, atol=1e-9):
             raise ValueError(
-                "a tuned sampler runs on its own noise levels; leave out grid and single steps of other lengths."
+                "these are not the times of a FewStep sampler: take its times(model, steps), or on_given_grid()."
             )
-        return Multistep(Angle(c), 3)
+        return n, free
+
+    def rows(self, model: ScoreModel, times: Tensor) -> list[MultistepRow]:
+        n, free = self.evaluations(model, times)
+        scheme, c = self.scheme_for(model, n, float(times[0])), self.scale(model)
+        points = Points.of(model.sde, times)
+        _, size = rotation(points.alpha, points.sigma, c)
+        first = int(free)  # the step that evaluates first
+        at = points[first:-1]
+        p, q = Angle(c).combination(affine_arrays(model, torch.from_numpy(at.t)), at)
+        keep = size[1:] / size[:-1]
+        keep[first:] *= 1 + scheme.gain
+        weights = size[first + 1 :, None] * scheme.weights
+        shift = points.alpha[1:] - keep * points.alpha[:-1]
+        shift[first:] += weights @ (at.sigma / size[first:-1] / c)  # sin(theta) mean / c is the mean's part of v
+        shifts = [0.0] * len(keep) if self.mean is None else shift.tolist()
+        rows = [MultistepRow(0.0, 0.0, float(keep[0]), (), shift=shifts[0])] if free else []
+        for i in range(n):
+            used = weights[i, i::-1]  # newest first
+            oldest = max(np.flatnonzero(used), default=0)  # what is older and of weight 0 need not be remembered
+            rows.append(
+                MultistepRow(
+                    float(p[i]),
+                    float(q[i]),
+                    float(keep[first + i]),
+                    tuple(used[: oldest + 1].tolist()),
+                    shift=shifts[first + i],
+                )
+            )
+        return rows
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
-        plan = state.table.get((t, s))
-        if plan is None or isinstance(plan, Plan):  # on a given grid, or a single step outside the loop
-            return self._elsewhere(self.scale(model)).step(model, x, t, s, state, noise, cond)
-        if len(plan) == 2:  # the free move
-            keep, shift = plan
-            x = x * keep
-        else:
-            p, q, keep, row, shift = plan
-            state.memory.append(combine(p, x, q, model.output(x, t, cond)))
-            x = torch.mul(x, keep)
-            for j, w in row:
-                x.add_(state.memory[j], alpha=w)
-        return x if self.mean is None else x.add_(self.mean.to(x), alpha=shift)
+        if self.event_shape is not None and tuple(x.shape[1:]) != self.event_shape:
+            raise ValueError(
+                f"this sampler was tuned for examples of shape {self.event_shape}, got {tuple(x.shape[1:])}; tune one for "
+                "this model."
+            )
+        return super().step(model, x, t, s, state, noise, cond)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, header) that `from_tensors` makes the same sampler of. Raises `ValueError` without a scheme."""
@@ -260,7 +285,12 @@ class FewStep(Sampler):
         tensors = {name: torch.from_numpy(getattr(self.scheme, name)) for name in ("r", "gain", "weights")}
         if self.mean is not None:
             tensors["mean"] = self.mean
-        return tensors, {"c": self.c, "report": None if self.report is None else asdict(self.report)}
+        return tensors, {
+            "c": self.c,
+            "report": None if self.report is None else asdict(self.report),
+            "event_shape": None if self.event_shape is None else list(self.event_shape),
+            "model_sha256": self.model_sha256,
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> FewStep:
@@ -269,4 +299,5 @@ class FewStep(Sampler):
         report = header["report"]
         if report is not None:
             report = Report(**{k: tuple(v) if isinstance(v, list) else v for k, v in report.items()})
-        return cls(scheme, header["c"], tensors.get("mean"), report)
+        shape, sha256 = header.get("event_shape"), header.get("model_sha256")  # files of old have neither
+        return cls(scheme, header["c"], tensors.get("mean"), report, shape, sha256)

@@ -22,7 +22,9 @@ from scoresde.sde import SDE
 
 
 class EulerMaruyama(LinearSampler):
-    """Euler-Maruyama on a reverse SDE: x_s = x - (f x - (1 + eta^2)/2 g^2 score) h + eta g sqrt(h) z.
+    r"""Euler-Maruyama on a reverse SDE:
+
+    $$x_s = x_t - \left[f x_t - \tfrac{1 + \eta^2}{2}\,g^2\,\nabla\log p_t(x_t)\right] h + \eta\,g\sqrt{h}\,z .$$
 
     eta = 1 is Anderson's reverse SDE (Song et al. 2021, equation 6), eta = 0 the probability flow, and every eta >= 0 has
     the same marginals (Zhang & Chen 2021, proposition 1).
@@ -34,6 +36,7 @@ class EulerMaruyama(LinearSampler):
         if not (math.isfinite(eta) and eta >= 0):
             raise ValueError(f"eta must be a finite number >= 0, got {eta}.")
         self.eta = float(eta)
+        self.stochastic = eta > 0
         self.convergence_order = None if eta else 1
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -44,11 +47,14 @@ class EulerMaruyama(LinearSampler):
 
 
 class FlowEuler(LinearSampler):
-    """Euler on the probability flow in t: x_s = x + (s - t) velocity(x, t), what is used with rectified flow.
+    r"""Euler on the probability flow in t, what is used with rectified flow:
+
+    $$x_s = x_t + (s - t)\,v(x_t, t), \qquad v = \dot\alpha D + \dot\sigma\hat\epsilon .$$
 
     Order 1. (`DDIM` is Euler in sigma/alpha, and on rectified flow the two are the same.)
     """
 
+    stochastic = False
     default_steps = 100
     denoise_final = False
     convergence_order = 1
@@ -58,9 +64,10 @@ class FlowEuler(LinearSampler):
         return 1 + rate, (s - t) * sde.alpha_dot(t) - rate * sde.alpha(t), torch.zeros_like(t)
 
 
-class Hold(Sampler):
-    """Leaves x as it is, without a network call: the predictor of a corrector-only sampler (Song et al. 2021, table 1)."""
+class Hold(Sampler[tuple[()]]):
+    """x_s = x_t, without a network call: the predictor of a corrector-only sampler (Song et al. 2021, table 1)."""
 
+    stochastic = False
     nfe_per_step = 0
 
     def __init__(self, grid: Grid = uniform_time):
@@ -73,7 +80,9 @@ class Hold(Sampler):
 
 
 class ReverseDiffusion(LinearSampler):
-    """The forward step turned around: x_s = x - (a - 1) x + v score + sqrt(v) z (Song et al. 2021, equation 46).
+    r"""The forward step turned around (Song et al. 2021, equation 46):
+
+    $$x_s = x_t - (a - 1)\,x_t + v\,\nabla\log p_t(x_t) + \sqrt{v}\,z .$$
 
     The paper discretises with beta(t)/N; the exact transition used here agrees with it to second order in 1/N and
     stays finite however few the steps.
@@ -88,10 +97,12 @@ class ReverseDiffusion(LinearSampler):
 
 
 class Ancestral(LinearSampler):
-    """A draw from q(x_s | x_t, x_0 = D(x_t, t)): DDPM's rule for VP, SMLD's for VE, the same formula for the rest.
+    r"""A draw from q(x_s | x_t, x_0 = D(x_t, t)): DDPM's rule for VP, SMLD's for VE, the same formula for the rest:
 
-    mean = (a sigma_s^2 x + alpha_s v D) / sigma_t^2, which is (x + v score) / a; the variance is the posterior's,
-    sigma_s^2 v / sigma_t^2 (`variance="small"`), or v (`"large"`, Song et al. 2021, equation 4).
+    $$x_s = \frac{a\,\sigma_s^2\,x_t + \alpha_s\,v\,D(x_t, t)}{\sigma_t^2} + C\,z, \qquad C^2 = \frac{\sigma_s^2}{\sigma_t^2}\,v$$
+
+    with the posterior's variance (`variance="small"`), or C^2 = v (`"large"`, Song et al. 2021, equation 4). The mean is
+    (x + v score) / a.
     Ho et al. 2020, equations 7 and 11; Song et al. 2021, equation 47.
     """
 
@@ -108,7 +119,10 @@ class Ancestral(LinearSampler):
 
 
 class DDIM(LinearSampler):
-    """x_s = alpha_s D + sqrt(sigma_s^2 - C^2) eps_hat + C z, C = eta sigma_s sqrt(v) / sigma_t.
+    r"""Denoise, then noise again to the level of s, with the noise that was found and a share eta of new noise:
+
+    $$x_s = \alpha_s\,D(x_t, t) + \sqrt{\sigma_s^2 - C^2}\;\hat\epsilon(x_t, t) + C\,z,
+      \qquad C = \eta\,\frac{\sigma_s}{\sigma_t}\sqrt{v} .$$
 
     Song, Meng & Ermon 2021, equations 12 and 16, in continuous time. eta = 0 is the probability flow, first order;
     eta = 1 is the ancestral sampler.
@@ -121,11 +135,13 @@ class DDIM(LinearSampler):
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta must lie in [0, 1], got {eta}.")
         self.eta = eta
+        self.stochastic = eta > 0
         self.convergence_order = None if eta else 1
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         _, v = transition(sde, t, s)
         sigma_t, sigma_s = sde.sigma(t), sde.sigma(s)
         noise = self.eta * sigma_s * v.sqrt() / sigma_t
+        # eps_hat = (x - alpha_t D) / sigma_t
         keep = torch.sqrt((sigma_s**2 - noise**2).clamp_min(0)) / sigma_t
         return keep, sde.alpha(s) - sde.alpha(t) * keep, noise

@@ -53,31 +53,80 @@ from scoresde.sde import SDE
 _ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-class Plan(NamedTuple):
-    """One step's numbers: m = p x + q F, x_s = keep x + sum_j weights_j m_j + noise z, and the corrector's weights.
+class MultistepRow(NamedTuple):
+    """One step: evaluate m_0 = p x + q F, then go on to keep x + sum_j weights[j] m_j + noise z + shift d.
 
-    `corrector` belongs to the step before: its first weight multiplies the prediction at this step's start.
+    The predictions m_j are counted from the newest, m_0; without `weights` nothing is evaluated. `corrector`, if any, are weights
+    by which the step before is redone first, once m_0 is known. d is a fixed tensor of the solve, such as the data's mean.
     """
 
     p: float
     q: float
     keep: float
     weights: tuple[float, ...]
-    noise: float
+    noise: float = 0.0
     corrector: tuple[float, ...] = ()
+    shift: float = 0.0
 
 
 @dataclass
 class History:
-    """Predictions (newest first) with their times, and keep x + noise z of the last step, for the corrector."""
+    """What a multistep solve remembers: the last predictions, newest first, and keep x + noise z of the last step.
 
+    `reach`: predictions that a step uses, its own included; older ones are let go. `direction`: d of `MultistepRow`, one example.
+    """
+
+    reach: int
+    direction: Tensor | None = None
     predictions: list[Tensor] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
     base: Tensor | None = None
 
 
-class Multistep(Sampler):
-    """x_s = A x + sum_j w_j m_j + C z with the predictions m_j of the last `order` steps.
+class HistorySampler(Sampler[MultistepRow]):
+    """The step of every method that reuses its latest predictions. A subclass gives `rows` and `reach`, or `start`."""
+
+    row_type = MultistepRow
+    reach: int
+
+    def start(self, model: ScoreModel, times: Tensor) -> State[MultistepRow]:
+        return State(times.tolist(), self.rows(model, times), History(self.reach))
+
+    def step(
+        self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
+    ) -> Tensor:
+        row = self.row(model, state, t, s)
+        history: History = state.memory
+        predictions = history.predictions
+        if row.weights:
+            predictions.insert(0, combine(row.p, x, row.q, model.output(x, t, cond)))
+            if len(predictions) < max(len(row.weights), len(row.corrector)):
+                raise ValueError(
+                    f"this step of {type(self).__name__}, from t = {t:g}, reuses predictions of the steps before it; start a solve "
+                    "there with start(model, times)."
+                )
+        if row.corrector:
+            x = history.base
+            for w, m in zip(row.corrector, predictions, strict=False):
+                x = torch.add(x, m, alpha=w)
+        base = torch.mul(x, row.keep)
+        if row.noise:
+            base.add_(noise.normal(x.shape, x.dtype), alpha=row.noise)
+        if row.shift:
+            history.direction = history.direction.to(x)
+            base.add_(history.direction, alpha=row.shift)
+        history.base = x = base
+        for j, w in enumerate(row.weights):
+            x = torch.add(x, predictions[j], alpha=w) if j == 0 else x.add_(predictions[j], alpha=w)
+        del predictions[history.reach - 1 :]
+        return x
+
+
+class Multistep(HistorySampler):
+    r"""The polynomial through the predictions m_j of the last `order` steps, integrated exactly:
+
+    $$x_s = A\,x_t + \sum_j w_j\,m_j + C\,z, \qquad w_j = G\int_t^s \ell_j\,dM,$$
+
+    with A, G, C and M of the prediction (`scoresde.samplers.exponential`).
 
     Arguments:
         prediction: "noise", "data", "angle", or an object of `scoresde.samplers.exponential` (`Data(phi)` with noise).
@@ -122,33 +171,32 @@ class Multistep(Sampler):
         self.corrector = corrector
         self.midpoint = checks.choice(pair, ("exact", "midpoint"), "pair") == "midpoint"
         kind = prediction_for(prediction, 1.0)  # a wrong name is an error here, not at the first use
-        noisy = isinstance(kind, Data) and kind.phi.noisy
-        reach = min(3, max(self.order, self.corrector))
-        self.convergence_order = None if noisy else min(2, reach) if variable == "index" else reach
+        self.stochastic = isinstance(kind, Data) and kind.phi.noisy
+        self.reach = max(self.order, self.corrector)
+        highest = 2 if variable == "index" else 3
+        self.convergence_order = None if self.stochastic else min(highest, self.reach)
         self.grid = grid
         self.default_steps = default_steps
 
-    def start(self, model: ScoreModel, times: Tensor) -> State:
-        keys = itertools.pairwise(times.tolist())
-        return State(dict(zip(keys, self._plans(model, times), strict=True)), History())
-
-    def _plans(self, model: ScoreModel, times: Tensor, begin: int = 0) -> list[Plan]:
-        """Plans of the steps begin, begin + 1, ... of `times`; those with equally many nodes are computed together."""
+    def rows(self, model: ScoreModel, times: Tensor) -> list[MultistepRow]:
         points = Points.of(model.sde, times)
         prediction = prediction_for(self.prediction, model.sigma_data)
         pairs = prediction.combination(affine_arrays(model, times), points)
         steps = times.numel() - 1
-        bounds = [*range(begin, min(self.order + 1, steps)), steps] if begin < self.order else [begin, steps]
-        plans: list[Plan] = []
+        bounds = [
+            *range(min(self.order + 1, steps)),
+            steps,
+        ]  # the first steps have fewer nodes each, the rest are alike
+        rows: list[MultistepRow] = []
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is named below
             for first, last in itertools.pairwise(bounds):
-                plans += self._group(model.sde, prediction, points, pairs, first, last)
-        return plans
+                rows += self._group(model.sde, prediction, points, pairs, first, last)
+        return rows
 
     def _group(
         self, sde: SDE, prediction: Prediction, points: Points, pairs: tuple[Array, Array], first: int, last: int
-    ) -> list[Plan]:
-        """Steps first..last-1, all with the number of nodes that step `first` has."""
+    ) -> list[MultistepRow]:
+        """Rows of the steps first..last-1, all with the number of nodes that step `first` has."""
 
         def back(k: int) -> Points:
             return points[first - k : last - k]
@@ -157,12 +205,12 @@ class Multistep(Sampler):
         count = min(first + 1, self.order)
         keep, gain, total, noise = prediction.ends(t, s)
         if self.variable == "index":
-            weights = [gain * total * w for w in _ADAMS[count - 1]]
+            weights = np.outer(_ADAMS[count - 1], gain * total)
         else:
             nodes = [back(k) for k in range(count)]
             weights = step_weights(prediction, sde, t, s, nodes, self.variable, midpoint=self.midpoint and count == 2)
         redo = self._corrector_nodes(first)
-        corrector: list[Array] = []
+        corrector = np.empty((0, last - first))
         if redo:
             nodes = [back(k) for k in range(redo)]
             corrector = step_weights(
@@ -172,7 +220,7 @@ class Multistep(Sampler):
         for i in np.flatnonzero(~np.isfinite(numbers).all(1))[:1]:
             raise undefined(self, sde, float(t.t[i]), float(s.t[i]))
         return [
-            Plan(p, q, keep, tuple(rest[:count]), noise, tuple(rest[count:]))
+            MultistepRow(p, q, keep, tuple(rest[:count]), noise, tuple(rest[count:]))
             for p, q, keep, noise, *rest in numbers.tolist()
         ]
 
@@ -184,31 +232,3 @@ class Multistep(Sampler):
         if self.corrector:
             return min(self.corrector, used + 1)
         return 2 if step == 1 and self.order >= 3 else 0
-
-    def step(
-        self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
-    ) -> Tensor:
-        history: History = state.memory
-        if history is None:
-            history = state.memory = History()
-        plan = state.table.get((t, s))
-        if plan is None:  # outside a prepared grid: the history says how many nodes there are
-            times = torch.tensor([*reversed(history.times), t, s], dtype=torch.float64)
-            plan = state.table[t, s] = self._plans(model, times, len(times) - 2)[0]
-        latest = combine(plan.p, x, plan.q, model.output(x, t, cond))
-        predictions = history.predictions
-        predictions.insert(0, latest)
-        history.times.insert(0, t)
-        if plan.corrector:
-            x = history.base
-            for w, m in zip(plan.corrector, predictions, strict=False):
-                x = torch.add(x, m, alpha=w)
-        del predictions[max(self.order, self.corrector - 1) :], history.times[self.order + 1 :]
-        base = torch.mul(x, plan.keep)
-        if plan.noise:
-            base.add_(noise.normal(x.shape, x.dtype), alpha=plan.noise)
-        history.base = base
-        x = torch.add(base, latest, alpha=plan.weights[0])
-        for w, m in zip(plan.weights[1:], predictions[1:], strict=False):
-            x.add_(m, alpha=w)
-        return x

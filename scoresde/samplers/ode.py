@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde import checks, conditions, ode
-from scoresde.flow import AnglePath
+from scoresde import checks, ode
+from scoresde.flow import solve_flow
 from scoresde.grids import uniform_time
 from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State
-from scoresde.sde import SDE, expand
+from scoresde.sde import SDE
 
 
 def whole_path(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
@@ -24,8 +24,12 @@ def whole_path(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
 
 
 class ProbabilityFlow(Sampler):
-    """Embedded Runge-Kutta on the angle path (`scoresde.flow`), each sample with steps of its own.
+    r"""The probability flow by an embedded Runge-Kutta pair on the angle path, each sample with steps of its own:
 
+    $$\frac{du}{d\theta} = \cos\theta\,\hat\epsilon - \sin\theta\,D/c, \qquad
+      x = S u, \quad \theta = \arctan\frac{\sigma}{\alpha c}, \quad S = \sqrt{\alpha^2 c^2 + \sigma^2},$$
+
+    with the data's scale c (`scoresde.flow.solve_flow`).
     Arguments: `rtol`, `atol`: error per step relative to a state of unit scale; `method`: "tsit5", "dopri5" or
     "bosh3"; `max_nfe`: evaluations per sample and interval of the grid. A grid of one interval is the default:
     `steps` only says at how many times a trajectory is recorded. Deterministic: it ends at t_min, without a final
@@ -34,6 +38,8 @@ class ProbabilityFlow(Sampler):
     Raises `NonFiniteError` if the network returns NaN, `RuntimeError` if a sample does not reach the end.
     """
 
+    stochastic = False
+    adaptive = True
     default_steps = 1
     nfe_per_step = None
     denoise_final = False
@@ -50,45 +56,16 @@ class ProbabilityFlow(Sampler):
         self.nfe = 0.0
         return super().start(model, times)
 
+    @property
+    def solve_options(self) -> dict[str, Any]:
+        return dict(rtol=self.rtol, atol=self.atol, method=self.method, max_nfe=self.max_nfe)
+
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
         if x.shape[0] == 0:
             return x
-        t, s = min(t, model.flow_end), min(s, model.flow_end)
-        path = AnglePath(model.sde, model.sigma_data)
-        ends = (min(s, t), max(s, t))
-
-        def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, None]:
-            return path.velocity(model, u, theta, ends, conditions.take_rows(cond, rows)), None
-
-        solution = ode.solve(
-            slope,
-            x / expand(path.scale(t), x),
-            float(path.angle(t)),
-            float(path.angle(s)),
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.method,
-            max_nfe=self.max_nfe,
-        )
+        solution = solve_flow(model, x, t, s, cond=cond, **self.solve_options)
         self.nfe += float(solution.nfe.double().mean())
-        raise_if_failed(solution, path, ends)
-        return solution.y * expand(path.scale(s), x)
-
-
-def raise_if_failed(solution: ode.Solution, path: AnglePath, ends: tuple[float, float]) -> None:
-    """An error naming the first kind of failure, the samples it met and the t they stopped at."""
-    if not bool((solution.status != ode.OK).any()):
-        return
-    worst = int(solution.status.max())
-    rows = (solution.status == worst).nonzero().flatten().tolist()
-    t = float(path.time(solution.t[rows[0]], *ends))
-    text = (
-        f"the ODE solve failed in {len(rows)} of {solution.status.numel()} samples, rows {checks.rows_text(rows)}: "
-        f"{ode.STATUS_TEXT[worst]}; row {rows[0]} stopped at the step from t = {t:.6g}, "
-        f"after {int(solution.nfe[rows[0]])} evaluations."
-    )
-    if worst == ode.NOT_FINITE:
-        raise checks.NonFiniteError(text + " Check the network's output at that t.")
-    raise RuntimeError(text + " Raise max_nfe or loosen rtol and atol.")
+        solution.raise_if_failed()
+        return solution.x

@@ -34,8 +34,18 @@ SCHEMES: dict[str, tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]] = {
 }
 
 
-class Singlestep(Sampler):
-    """Stages inside a step, each by exact integration of the polynomial in log-SNR through earlier stages.
+class SinglestepRow(NamedTuple):
+    """One step: its stages, the first at the step's start; what the last one makes is the step's end."""
+
+    stages: tuple[Stage, ...]
+
+
+class Singlestep(Sampler[SinglestepRow]):
+    r"""Stages inside a step, each by exact integration of the polynomial in log-SNR through earlier stages:
+
+    $$x_{i+1} = A_i\,x_t + \sum_{j \le i} w_{ij}\,m(x_j, t_j), \qquad w_{ij} = G_i\int_t^{t_{i+1}} \ell_j\,dM, \qquad x_0 = x_t,$$
+
+    the last of which is x_s; m, M, A and G are the prediction's (`scoresde.samplers.exponential`).
 
     Arguments: `prediction`, "noise", "data" or "angle"; `scheme`, "midpoint" (order 2, two evaluations: DPM-Solver-2 of Lu
     et al. 2022a, algorithm 1, with noise prediction; DPM-Solver++ (2S) of Lu et al. 2022b with data prediction) or
@@ -43,6 +53,8 @@ class Singlestep(Sampler):
     sigma = 0 has no middle in log-SNR and is taken by Euler.
     """
 
+    stochastic = False
+    row_type = SinglestepRow
     default_steps = 10
     denoise_final = False
 
@@ -57,12 +69,8 @@ class Singlestep(Sampler):
         self.saved_at_zero = len(self.fractions)
         self.grid = grid
 
-    def start(self, model: ScoreModel, times: Tensor) -> State:
-        plans = self._plans(model, times[:-1], times[1:])
-        add_times(model, torch.tensor([stage.time for plan in plans for stage in plan[1:]], dtype=torch.float64))
-        return State(dict(zip(zip(times[:-1].tolist(), times[1:].tolist(), strict=True), plans, strict=True)))
-
-    def _plans(self, model: ScoreModel, t: Tensor, s: Tensor) -> list[list[Stage]]:
+    def rows(self, model: ScoreModel, times: Tensor) -> list[SinglestepRow]:
+        t, s = times[:-1], times[1:]
         sde, prediction = model.sde, prediction_for(self.prediction, model.sigma_data)
         start, end = (-0.5 * sde.log_snr(v) for v in (t, s))
         at = [Points.of(sde, sde.time(-2 * (start + c * (end - start))) if c else t) for c in (0.0, *self.fractions)]
@@ -73,22 +81,19 @@ class Singlestep(Sampler):
             pair = prediction.combination(affine_arrays(model, torch.from_numpy(here.t)), here)
             rows = np.stack([here.t, *pair, prediction.ends(at[0], target)[0], *weights], 1).tolist()
             columns.append([Stage(*r[:4], tuple(zip(nodes, r[4:], strict=True))) for r in rows])
-        plans = [list(stages) for stages in zip(*columns, strict=True)]
+        steps = list(zip(*columns, strict=True))
         keep, gain, total, _ = prediction.ends(at[0], last)
         for i in np.flatnonzero(last.sigma == 0):
-            plans[i] = [plans[i][0]._replace(keep=float(keep[i]), weights=((0, float(gain[i] * total[i])),))]
-        return plans
+            steps[i] = (steps[i][0]._replace(keep=float(keep[i]), weights=((0, float(gain[i] * total[i])),)),)
+        add_times(model, torch.tensor([stage.time for stages in steps for stage in stages[1:]], dtype=torch.float64))
+        return list(map(SinglestepRow, steps))
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
-        plan = state.table.get((t, s))
-        if plan is None:
-            pair = (torch.tensor([v], dtype=torch.float64) for v in (t, s))
-            plan = state.table[t, s] = self._plans(model, *pair)[0]
         predictions: list[Tensor] = []
         at = x
-        for stage in plan:
+        for stage in self.row(model, state, t, s).stages:
             predictions.append(combine(stage.p, at, stage.q, model.output(at, stage.time, cond)))
             at = torch.mul(x, stage.keep)
             for j, w in stage.weights:

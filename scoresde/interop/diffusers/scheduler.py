@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from scoresde.interop.diffusers.schedules import process_of_scheduler
 from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.rng import RandomSource
-from scoresde.samplers import Sampler
-from scoresde.samplers.base import time_grid
+from scoresde.samplers import Sampler, time_grid
 from scoresde.samplers.registry import sampler_for
 
 
@@ -138,7 +137,8 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         i, times = self._index(float(timestep)), self._times.tolist()
         if self._prepared is None:
             self._prepared = self.model.prepare(sample, self._times)
-            self._state = self.sampler.start(self._prepared, self._times)
+            # from here on: what a multistep method would know of the steps before is not there
+            self._state = self.sampler.start(self._prepared, self._times[min(i, len(times) - 2) :])
         self.model.net.answer = model_output
         if i == len(times) - 1:
             out = self._prepared.denoise(sample, times[i])

@@ -13,23 +13,20 @@ polynomials of the next nodes, then give the curve U(s) and its derivative at an
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.flow import AnglePath
+from scoresde.flow import AnglePath, rotated_velocity
 from scoresde.models.base import ScoreModel
 from scoresde.models.network import ScoreNet
 from scoresde.models.prepared import PreparedNet
-
-Array = NDArray[np.float64]
+from scoresde.numerics import Array, bisect, lagrange, lagrange_integrals, legendre
 
 ORDER = 4  # of the Adams method
 DENSE = 5  # degree of the polynomials that interpolate the slopes
@@ -57,12 +54,7 @@ class AngleWarp:
 
     def inverse(self, s: Array, low: float, high: float) -> Array:
         """theta(s) within [low, high], by bisection to the last digit."""
-        low, high = np.full_like(s, low), np.full_like(s, high)
-        for _ in range(64):
-            middle = 0.5 * (low + high)
-            below = self(middle) < s
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return 0.5 * (low + high)
+        return bisect(lambda theta: torch.from_numpy(self(theta.numpy())), torch.from_numpy(s), low, high).numpy()
 
 
 @dataclass(frozen=True)
@@ -113,9 +105,9 @@ class Field:
         self.p, self.r, self.scale = [0.0] * len(theta), [1.0] * len(theta), [1.0] * len(theta)
         if self.prepared is not None:
             a, b, c, e = self.prepared.affine(times)
-            cosine, sine, scale = torch.cos(angles), torch.sin(angles) / path.c, path.scale(times)
-            self.p = (scale * (cosine * c - sine * a)).tolist()
-            self.r = (cosine * e - sine * b).tolist()
+            cosine, sine_over_c, scale = torch.cos(angles), torch.sin(angles) / path.c, path.scale(times)
+            self.p = (scale * rotated_velocity(cosine, sine_over_c, a, c)).tolist()
+            self.r = rotated_velocity(cosine, sine_over_c, b, e).tolist()
             self.scale = scale.tolist()
 
     def moving(self, u: Tensor, j: int) -> Tensor:
@@ -168,10 +160,8 @@ def trace_curve(field: Field, stretch: AngleWarp, u: Tensor, theta: Array, spaci
     slopes = [field(u, 0) * rates[0]]
     state = u
     for i in range(1, len(theta)):
-        if (
-            i == ORDER
-        ):  # the first steps were of low order: the slopes they found, all together, place their nodes better
-            weights = [_integrals(tuple(map(float, range(ORDER))), float(k)).tolist() for k in range(ORDER)]
+        if i == ORDER:  # the first steps were of low order: all their slopes together place their nodes better
+            weights = _integrals(np.arange(ORDER)[:, None], np.arange(ORDER)).T.tolist()
             slopes[1:] = [field(_add(u, slopes, weights[k]), k) * rates[k] for k in range(1, ORDER)]
             state = _add(u, slopes, weights[-1])
         order = min(i, ORDER)
@@ -195,25 +185,15 @@ def _add(state: Tensor, slopes: Sequence[Tensor], weights: Sequence[float]) -> T
 @functools.lru_cache(maxsize=64)
 def _adams(order: int, implicit: int) -> tuple[float, ...]:
     """Weights of the last `order` slopes in a unit step: Bashforth (the last node begins the step) or Moulton (it ends it)."""
-    nodes = tuple(float(implicit - order + 1 + i) for i in range(order))
-    return tuple(_integrals(nodes, 1.0).tolist())
+    nodes = np.arange(implicit - order + 1, implicit + 1)
+    return tuple(_integrals(nodes[:, None], np.ones(1))[:, 0].tolist())
 
 
-def _integrals(nodes: tuple[float, ...], to: float) -> Array:
-    """Integrals from 0 to `to` of the Lagrange polynomials of the nodes."""
-    powers = np.array([to ** (i + 1) / (i + 1) for i in range(len(nodes))])
-    return powers @ _lagrange(nodes)
-
-
-def _values(nodes: tuple[float, ...], at: float) -> Array:
-    """The Lagrange polynomials of the nodes at a point."""
-    return at ** np.arange(len(nodes)) @ _lagrange(nodes)
-
-
-@functools.lru_cache(maxsize=256)
-def _lagrange(nodes: tuple[float, ...]) -> Array:
-    """Coefficients of the Lagrange polynomials, one a column, by rising powers."""
-    return np.linalg.inv(np.vander(np.array(nodes), increasing=True))
+def _integrals(nodes: Array, to: Array) -> Array:
+    """Integrals (k, N) from 0 to `to` (N,) of the Lagrange polynomials of `nodes` (k, N)."""
+    at, weights = legendre(DENSE)  # exact for polynomials of degree 2 DENSE - 1
+    half = 0.5 * to[:, None]
+    return lagrange_integrals(np.asarray(nodes, np.float64), half * (1 + at), half * weights)
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,20 +204,21 @@ def dense(n: int, degree: int, at: tuple[float, ...]) -> tuple[Array, Array]:
     """
     width = min(degree + 1, n)
 
-    def stencil(i: int) -> tuple[int, tuple[float, ...]]:
-        first = min(max(i - (width - 1) // 2, 0), n - width)
-        return first, tuple(float(first - i + k) for k in range(width))
+    def stencil(left: Array) -> tuple[Array, Array]:
+        """(which nodes (width, N), where they are seen from the node `left` (N,))"""
+        chosen = np.clip(left - (width - 1) // 2, 0, n - width) + np.arange(width)[:, None]
+        return chosen, (chosen - left).astype(np.float64)
 
-    whole = np.zeros((n, n))
-    for i in range(n - 1):
-        first, nodes = stencil(i)
-        whole[i + 1] = whole[i]
-        whole[i + 1, first : first + width] += _integrals(nodes, 1.0)
-    integral, value = np.zeros((len(at), n)), np.zeros((len(at), n))
-    for k, position in enumerate(at):
-        i = min(max(math.floor(position), 0), n - 2)
-        first, nodes = stencil(i)
-        integral[k] = whole[i]
-        integral[k, first : first + width] += _integrals(nodes, position - i)
-        value[k, first : first + width] = _values(nodes, position - i)
+    intervals = np.arange(n - 1)
+    chosen, nodes = stencil(intervals)
+    steps = np.zeros((n - 1, n))
+    steps[intervals, chosen] = _integrals(nodes, np.ones(n - 1))
+    whole = np.concatenate([np.zeros((1, n)), np.cumsum(steps, 0)])  # integrals from node 0 to each node
+    position = np.array(at)
+    left = np.clip(np.floor(position), 0, n - 2).astype(int)
+    chosen, nodes = stencil(left)
+    k = np.arange(len(at))
+    integral, value = whole[left], np.zeros((len(at), n))
+    integral[k, chosen] += _integrals(nodes, position - left)
+    value[k, chosen] = lagrange(nodes, position - left)
     return integral, value
