@@ -72,11 +72,14 @@ def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
 def given(times: Sequence[float] | Tensor) -> Grid:
     """A grid of exactly these times; `steps` has to agree. Raises `ValueError` unless they decrease strictly in [0, 1]."""
     try:
-        t = torch.as_tensor(times, dtype=torch.float64)
+        t = torch.as_tensor(times)
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(
             f"a time grid must be numbers, or a function such as scoresde.grids.karras, got {times!r}."
         ) from e
+    if t.dtype == torch.bool or t.is_complex():
+        raise TypeError(f"a time grid must hold real numbers, got {t.dtype}.")
+    t = torch.as_tensor(times, dtype=torch.float64)  # Python's numbers would have become float32
     if t.dim() != 1:
         raise ValueError(f"a time grid must be one-dimensional, got shape {tuple(t.shape)}.")
     if t.numel() < 2 or not bool((t[1:] < t[:-1]).all()) or not bool(((t >= 0) & (t <= 1)).all()):

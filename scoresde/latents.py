@@ -5,6 +5,7 @@ The probability-flow ODE is a bijection between data at t_min and latents at t =
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from scoresde import checks, conditions
 from scoresde.flow import solve_flow
 from scoresde.models.base import ScoreModel, check_input
 from scoresde.modes import evaluating
+from scoresde.samplers.setup import MAX_STEPS
 from scoresde.sde import expand
 
 
@@ -59,7 +61,9 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     if opposite:
         raise ValueError(f"rows {checks.rows_text(opposite)} are opposite: no arc between them is the shortest.")
     omega = torch.acos(cosine)
-    w = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
+    w = _real(weight, "weight").to(a.device)
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError(f"weight must be finite, got {w.tolist()}.")
     if w.dim() and w.shape != omega.shape:
         raise ValueError(f"weight must be a number or have shape ({len(a)},), got {tuple(w.shape)}.")
     flat = omega < 1e-6
@@ -87,12 +91,11 @@ def interpolate(
     check_input(model, x0, cond, "x0")
     checks.same_shape(checks.batch(x1, "x1"), x0.shape, "x1")
     checks.finite(x1, "x1")
-    if isinstance(weights, int):
-        weights = torch.linspace(0, 1, checks.positive_int(weights, "weights"), dtype=torch.float64)
-    try:
-        weights = torch.as_tensor(weights, dtype=torch.float64).flatten().tolist()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise TypeError(f"weights must be numbers in [0, 1], or how many, got {weights!r}.") from e
+    if isinstance(weights, numbers.Integral):
+        if checks.positive_int(weights, "weights") > MAX_STEPS:
+            raise ValueError(f"weights must be at most {MAX_STEPS}, got {weights}.")
+        weights = torch.linspace(0, 1, int(weights), dtype=torch.float64)
+    weights = _real(weights, "weights").flatten().tolist()
     if not weights or not all(0 <= w <= 1 for w in weights):
         raise ValueError(f"weights must be numbers in [0, 1], got {list(weights)}.")
     z0, z1 = (encode(model, x, rtol=rtol, atol=atol, cond=cond) for x in (x0, x1))
@@ -100,6 +103,18 @@ def interpolate(
     rows = torch.arange(x0.shape[0], device=x0.device).repeat(len(weights))
     out = decode(model, path, rtol=rtol, atol=atol, cond=conditions.take_rows(cond, rows))
     return out.reshape(len(weights), *x0.shape)
+
+
+def _real(weight: Any, name: str) -> Tensor:
+    """Weights as float64. Raises `TypeError` for what is no real number."""
+    try:
+        kind = torch.as_tensor(weight).dtype
+        w = torch.as_tensor(weight, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"{name} must be real numbers, got {weight!r}.") from e
+    if kind == torch.bool or kind.is_complex:
+        raise TypeError(f"{name} must be real numbers, got {kind}.")
+    return w
 
 
 def _flow(model: ScoreModel, x: Tensor, start: float, end: float, rtol: float, atol: float, cond: Any) -> Tensor:

@@ -13,7 +13,7 @@ from scoresde import EDMSDE, VESDE, VPSDE, GaussianMixture, NonFiniteError, Scor
 from scoresde.grids import karras, uniform_log_snr
 from scoresde.nets import MLP
 from scoresde.rng import RandomSource
-from scoresde.samplers import FewStep, Multistep, ProbabilityFlow, Trajectory
+from scoresde.samplers import FewStep, Multistep, ProbabilityFlow, State, Trajectory, run
 from scoresde.samplers.few_step import integrals, nodes, rule_weights, tau, untuned
 from scoresde.store import load_model, load_samplers, save_model, save_sampler
 
@@ -73,7 +73,7 @@ def distances(model, x, exact, method, **options):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 10, 13, 20, 40])
 def test_steps_are_evaluations(steps, ring8, sde):
-    """Exactly `steps` evaluations on every process; nfe= says the same, and so does the sampler's own grid."""
+    """Exactly `steps` evaluations on every process; nfe= says the same, and so does the loop on the sampler's own times."""
     model, x = Counting(ring8.diffuse(sde)), starts(sde, 4)
     got = sample(model, x.shape, method="auto", steps=steps, x_init=x)
     assert model.calls == steps
@@ -84,8 +84,12 @@ def test_steps_are_evaluations(steps, ring8, sde):
     assert (times[1:] < times[:-1]).all()
     assert (float(times[0]), float(times[-1])) == (model.sde.t_max, model.sde.t_min)
     model.calls = 0
-    assert torch.equal(sample(model, x.shape, method="auto", grid=times, x_init=x), got)
+    assert torch.equal(run(FewStep(), model, x, times, RandomSource(0, "cpu", 4)), got)
     assert model.calls == steps
+    model.calls = 0
+    given = sample(model, x.shape, method="auto", grid=times, x_init=x)  # the caller's grid, whatever its times
+    assert model.calls == len(times) - 1
+    assert torch.equal(given, sample(model, x.shape, method=Multistep("angle", 3), grid=times, x_init=x))
 
 
 def test_so_many_steps_that_no_move_is_free(ring8):
@@ -491,7 +495,7 @@ def test_tuned_samplers_stay_on_their_ground():
     with pytest.raises(ValueError, match="below the first evaluation"):
         sample(model, (2, 2), method=tuned, t_max=0.05, seed=0)
     other = GaussianMixture.isotropic([[-1.0, 0.0, 0.0]], 0.2).diffuse(VPSDE(t_min=1e-3))
-    with pytest.raises(ValueError, match=r"mean .* has shape \(2,\), expected \(3,\)"):
+    with pytest.raises(ValueError, match=r"tuned for examples of shape \(2,\), got \(3,\)"):
         sample(other, (2, 3), method=tuned, seed=0)
     for bad, error in (
         (dict(seed=None), TypeError),
@@ -500,3 +504,69 @@ def test_tuned_samplers_stay_on_their_ground():
     ):
         with pytest.raises(error):
             tune(model, 3, **(small | bad))
+
+
+class Shapeless(ScoreModel):
+    """A model of any shape, which says none."""
+
+    def __init__(self, sde):
+        super().__init__()
+        self.sde = sde
+
+    def denoise(self, x, t, cond=None):
+        return 0.5 * torch.tanh(x)
+
+
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 2), (1, 2)], ids=str)
+def test_tuned_for_examples_of_one_shape(shape, gained):
+    """A model without event_shape is no way round: shapes that broadcast against the mean's are refused too, also after saving."""
+    sde = VPSDE(t_min=1e-3)
+    scheme = untuned(*(math.exp(-0.5 * float(sde.log_snr(t))) for t in (1.0, 1e-3)), 0.5, 3)
+    mean = torch.tensor([0.1, 0.2]) if gained else None
+    tuned = FewStep(scheme, 0.5, mean, event_shape=(2,), model_sha256="0" * 64)
+    again = FewStep.from_tensors(*tuned.to_tensors())
+    assert again.event_shape == (2,)
+    assert again.model_sha256 == "0" * 64
+    for sampler in (tuned, again):
+        assert sample(Shapeless(sde), (4, 2), method=sampler, seed=0).shape == (4, 2)
+        with pytest.raises(ValueError, match=r"tuned for examples of shape \(2,\), got"):
+            sample(Shapeless(sde), (4, *shape), method=sampler, seed=0)
+
+
+def test_tune_records_the_shape(flows):
+    """The sampler that tune returns knows what it was tuned on, with or without a gain; an old file says nothing."""
+    model = flows["VPSDE"][0]
+    tuned = tune(model, 3, starts=16, held_out=8, teacher_nfe=20, iterations=1, jacobian_starts=8)
+    assert tuned.event_shape == (2,)
+    tensors, _ = tuned.to_tensors()
+    old = FewStep.from_tensors(
+        {"r": tensors["r"], "gain": tensors["gain"], "weights": tensors["weights"]}, {"c": 1.0, "report": None}
+    )
+    assert old.event_shape is None
+    assert old.model_sha256 is None
+    with pytest.raises(ValueError, match="the mean of a sampler"):
+        FewStep(mean=torch.zeros(2), event_shape=(3,))
+
+
+def test_a_scheme_has_no_single_steps(flows):
+    """Steps or times that are not the scheme's own are an error, never other weights for them."""
+    model, x, _ = flows["VPSDE"]
+    with pytest.raises(ValueError, match=r"no single step from t = 0\.5 to 0\.4"):
+        FewStep().step(model, x, 0.5, 0.4, State(), RandomSource(0, "cpu", len(x)))
+    with pytest.raises(ValueError, match="not the times of a FewStep"):
+        FewStep().start(model, torch.tensor([1.0, 0.5, 0.1, 1e-3], dtype=torch.float64))
+
+
+def test_own_times_are_recognised_at_every_number_of_steps(sde, ring8):
+    """Also where the first move stops being free, which is where one number of evaluations more has as many times."""
+    model = ring8.diffuse(sde)
+    frees = []
+    for n in (*range(1, 25), *range(25, 120, 5)):
+        times = FewStep().times(model, n)
+        count, free = FewStep().evaluations(model, times)
+        assert count == n
+        assert free == (len(times) == n + 2)
+        frees.append(free)
+    assert frees[0]
+    assert frees == sorted(frees, reverse=True)

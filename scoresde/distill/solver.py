@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor
 
 from scoresde import checks, conditions
+from scoresde.flow import rotated_velocity, rotation
 from scoresde.models.base import ScoreModel, require_model
 from scoresde.modes import device_of, evaluating
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive
 from scoresde.samplers import FewStep, Scheme
 from scoresde.samplers.few_step import Report, nodes, rule_weights, untuned
-from scoresde.sde import expand
 
 CHUNK = 4096  # rows per call of the model
 CLOSEST = 0.97  # neighbouring noise levels keep at least this ratio
@@ -74,18 +75,7 @@ def tune(
     `NonFiniteError` if the network returns NaN.
     """
     require_model(model)
-    for name, value in (("nfe", nfe), ("teacher_nfe", teacher_nfe), ("iterations", iterations), ("history", history)):
-        checks.positive_int(value, name)
-    for name, value in (("starts", starts), ("held_out", held_out), ("jacobian_starts", jacobian_starts)):
-        if checks.positive_int(value, name) < 8:
-            raise ValueError(f"{name} must be at least 8, got {value}.")
-    if nfe > 50 or teacher_nfe < 3 * nfe:
-        raise ValueError(
-            f"tuning is for 1 to 50 evaluations with a teacher of at least three times as many, got nfe={nfe} and "
-            f"teacher_nfe={teacher_nfe}."
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int here, got {seed!r}.")
+    options = _Options(nfe, starts, held_out, teacher_nfe, iterations, history, jacobian_starts, seed)
     if event_shape is not None and not (isinstance(event_shape, (tuple, list)) and len(event_shape)):
         raise TypeError(f"event_shape must be the shape of one example, such as (1, 8, 8), got {event_shape!r}.")
     shape = model.event_shape if event_shape is None else tuple(event_shape)
@@ -95,107 +85,138 @@ def tune(
     conditions.check(cond, conditions.row_count(cond))
     if cond is not None and conditions.row_count(cond) < 1:
         raise ValueError("cond must hold at least one row, a condition for one example.")
-    with evaluating(model), bar(iterations + 1, "tuning", "iteration", progress) as ticks:
-        return _tune(
-            model, nfe, shape, cond, starts, held_out, teacher_nfe, iterations, history, jacobian_starts, seed, ticks
-        )
-
-
-def _tune(
-    model, nfe, shape, cond, starts, held_out, teacher_nfe, iterations, history, jacobian, seed, ticks
-) -> FewStep:
-    sde, device = model.sde, device_of(model)
-    total = starts + held_out
-    ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
-    r_max, r_min = torch.exp(-0.5 * sde.log_snr(ends)).tolist()
-    if float(sde.sigma(ends[1])) == 0.0:
+    if float(model.sde.sigma(model.sde.t_min)) == 0.0:
         raise ValueError("tuning needs sigma > 0 at t_min; use an SDE with t_min > 0.")
-    y = r_max * RandomSource(derive(seed, 0x74756E65), device, total).normal((total, *shape), torch.float64).flatten(1)
-    rows = None if cond is None else torch.arange(total, device=device) % conditions.row_count(cond)
-    count = _Count()
+    with evaluating(model), bar(iterations + 1, "tuning", "iteration", progress) as ticks:
+        return _tune(model, shape, cond, options, ticks)
 
-    flow = _SchemeSolver(model, shape, cond, rows, model.sigma_data, torch.zeros_like(y[0]), count)
-    target = flow.end(untuned(r_max, r_min, model.sigma_data, teacher_nfe), y, r_max)
+
+@dataclass(frozen=True)
+class _Options:
+    """The numbers that `tune` is called with."""
+
+    nfe: int
+    starts: int
+    held_out: int
+    teacher_nfe: int
+    iterations: int
+    history: int
+    jacobian_starts: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "teacher_nfe", "iterations", "history"):
+            checks.positive_int(getattr(self, name), name)
+        for name in ("starts", "held_out", "jacobian_starts"):
+            if checks.positive_int(getattr(self, name), name) < 8:
+                raise ValueError(f"{name} must be at least 8, got {getattr(self, name)}.")
+        if self.nfe > 50 or self.teacher_nfe < 3 * self.nfe:
+            raise ValueError(
+                f"tuning is for 1 to 50 evaluations with a teacher of at least three times as many, got nfe={self.nfe} and "
+                f"teacher_nfe={self.teacher_nfe}."
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int here, got {self.seed!r}.")
+
+
+def _tune(model: ScoreModel, shape: tuple[int, ...], cond: Any, options: _Options, ticks: Any) -> FewStep:
+    sde, device, c = model.sde, device_of(model), model.sigma_data
+    starts, total = options.starts, options.starts + options.held_out
+    r_max, r_min = torch.exp(-0.5 * sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))).tolist()
+    source = RandomSource(derive(options.seed, 0x74756E65), device, total)
+    y = r_max * source.normal((total, *shape), torch.float64).flatten(1)
+    rows = None if cond is None else torch.arange(total, device=device) % conditions.row_count(cond)
+    spent = _Spent()
+
+    rule = _RotatedModel(model, shape, cond, rows, c, torch.zeros_like(y[0]), spent)
+    target = rule.end(untuned(r_max, r_min, c, options.teacher_nfe), y, r_max)
     mean = target[:starts].mean(0)
-    c = float((target[:starts] - mean).square().mean().sqrt())
-    flow = _SchemeSolver(model, shape, cond, rows, c, mean, count)
+    spread = float((target[:starts] - mean).square().mean().sqrt())
     ticks.update()
 
-    family = _Family(r_max, r_min, c, nfe, history)
-    fitted = _fit(family, flow, y[:starts], target[:starts], iterations, jacobian, ticks)
+    centred = _RotatedModel(model, shape, cond, rows, spread, mean, spent)
+    family = _SchemeFamily(r_max, r_min, spread, options.nfe, options.history)
+    fitted = _fit(family, centred, y[:starts], target[:starts], options, ticks)
 
     # what is claimed, on starts that nothing above has seen: against the rule as a user would get it
-    held = slice(starts, total)
-    plain = _SchemeSolver(model, shape, cond, rows, model.sigma_data, torch.zeros_like(mean), count)
-    before = _errors(plain.end(untuned(r_max, r_min, model.sigma_data, nfe), y[held], r_max, starts), target[held])
-    after = _errors(flow.end(fitted, y[held], r_max, starts), target[held])
-    gained = _gain_shown(before, after)
+    plain = untuned(r_max, r_min, c, options.nfe)
+    held = y[starts:], r_max, starts
+    before, after = (_errors(m.end(s, *held), target[starts:]) for m, s in ((rule, plain), (centred, fitted)))
     report = Report(
-        nfe=nfe,
-        gained=gained,
+        nfe=options.nfe,
+        gained=_gain_shown(before, after),
         rms=(_rms(before), _rms(after)),
         median=(float(before.median().sqrt()), float(after.median().sqrt())),
-        held_out=held_out,
-        evaluations=count.rows,
+        held_out=options.held_out,
+        evaluations=spent.rows,
     )
-    if not gained:
+    if not report.gained:
         warnings.warn(
             f"tuning gained nothing on held-out starts ({report}); the untuned rule is returned.", stacklevel=3
         )
-        return FewStep(untuned(r_max, r_min, model.sigma_data, nfe), model.sigma_data, None, report)
-    return FewStep(fitted, c, mean.reshape(shape), report)
+        return FewStep(plain, c, None, report, shape)
+    return FewStep(fitted, spread, mean.reshape(shape), report, shape)
 
 
-class _Count:
-    """Network evaluations, counted in examples."""
+class _Spent:
+    """Network evaluations so far, counted in examples."""
 
     rows = 0
 
 
-class _SchemeSolver:
-    """The velocity of the module's coordinates on a model, and solves by schemes."""
+class _RotatedModel:
+    """A model in the coordinates u = (x/alpha - mean) / S of `scoresde.samplers.few_step`, with S = sqrt(r^2 + c^2), flat: (N, d).
 
-    def __init__(self, model, shape, cond, rows, c: float, mean: Tensor, count: _Count):
-        self.model, self.shape, self.cond, self.rows, self.c, self.mean, self.count = (
-            model,
-            shape,
-            cond,
-            rows,
-            c,
-            mean,
-            count,
-        )
+    `rows`: which row of `cond` each start is solved under; `spent` counts what is evaluated.
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        shape: tuple[int, ...],
+        cond: Any,
+        rows: Tensor | None,
+        c: float,
+        mean: Tensor,
+        spent: _Spent,
+    ):
+        self.model, self.shape, self.cond, self.rows = model, shape, cond, rows
+        self.c, self.mean, self.spent = c, mean, spent
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network computes in float64."""
+        return next(self.model.parameters(), self.mean).dtype == torch.float64
+
+    def rotated(self, y: Tensor, r: float) -> Tensor:
+        """u of y = x/alpha at noise level r."""
+        return (y - self.mean) / math.hypot(r, self.c)
 
     def velocity(self, u: Tensor, r: Tensor, index: Tensor) -> Tensor:
         """v (N, d) at u (N, d) and noise levels r (N,), for the starts `index` (N,), whose conditions are used."""
-        return torch.cat(
-            [self._velocity(*part) for part in zip(u.split(CHUNK), r.split(CHUNK), index.split(CHUNK), strict=True)]
-        )
+        parts = zip(u.split(CHUNK), r.split(CHUNK), index.split(CHUNK), strict=True)
+        return torch.cat([self._velocity(*part) for part in parts])
 
     def _velocity(self, u: Tensor, r: Tensor, index: Tensor) -> Tensor:
-        model, sde, c = self.model, self.model.sde, self.c
+        sde = self.model.sde
         t = sde.time(-2 * r.log()).clamp(sde.t_min, sde.t_max)
-        size = torch.hypot(r, torch.full_like(r, c))
+        theta, size = rotation(torch.ones_like(r), r, self.c)
         x = (sde.alpha(t)[:, None] * (size[:, None] * u + self.mean)).reshape(-1, *self.shape)
-        if next(model.parameters(), x).dtype != torch.float64:
-            x = x.float()
         cond = None if self.rows is None else conditions.take_rows(self.cond, self.rows[index])
-        denoised, noise = (v.double().flatten(1) for v in model.predict(x, t, cond))
-        self.count.rows += len(u)
-        v = expand(c / size, noise) * noise - expand(r / (size * c), noise) * (denoised - self.mean)
+        denoised, noise = self.model.predict(x if self.exact else x.float(), t, cond)
+        denoised, noise = denoised.double().flatten(1) - self.mean, noise.double().flatten(1)
+        self.spent.rows += len(u)
+        v = rotated_velocity(theta.cos()[:, None], theta.sin()[:, None] / self.c, denoised, noise)
         if not bool(torch.isfinite(v).all()):
             raise checks.NonFiniteError(f"NaN or infinity from the network near sigma/alpha = {float(r[0]):.4g}.")
         return v
-
-    def rotate(self, y: Tensor, r: float) -> Tensor:
-        return (y - self.mean) / math.hypot(r, self.c)
 
     def end(self, scheme: Scheme, y: Tensor, r_max: float, offset: int = 0) -> Tensor:
         """y (B, d) at r_max -> y at the scheme's end; row i belongs to start offset + i."""
         parts = []
         for k, part in enumerate(y.split(CHUNK)):
             index = torch.arange(len(part), device=y.device) + offset + k * CHUNK
-            parts.append(self.ends([scheme], [0], self.rotate(part, r_max), index)[0])
+            parts.append(self.ends([scheme], [0], self.rotated(part, r_max), index)[0])
         return torch.cat(parts)
 
     def ends(self, schemes: list[Scheme], first: list[int], u0: Tensor, index: Tensor) -> Tensor:
@@ -208,7 +229,7 @@ class _SchemeSolver:
         u = u0.expand(len(order), *u0.shape)
         seen: list[Tensor] = []
         for i in range(gain.shape[1]):
-            active = max(1, sum(first[p] <= i for p in order))
+            active = max(1, sum(first[p] <= i for p in order))  # the others are still at schemes[0]'s points
             levels = r[:active, i].repeat_interleave(len(u0))
             v = self.velocity(u[:active].reshape(-1, u0.shape[1]), levels, index.repeat(active))
             v = v.reshape(active, *u0.shape)
@@ -222,7 +243,7 @@ class _SchemeSolver:
         return out
 
 
-class _Family:
+class _SchemeFamily:
     """Schemes around the rule by a vector: shifts of the log levels (n), gains (n), changes of the weights in a band."""
 
     def __init__(self, r_max: float, r_min: float, c: float, n: int, history: int):
@@ -245,70 +266,95 @@ class _Family:
         return Scheme(r, values[self.n : 2 * self.n].copy(), w)
 
 
+class _EndpointProblem:
+    """Starts u (B, d), the ends `target` (B, d) that a scheme of the family should bring them to, and how far it is from that."""
+
+    def __init__(self, family: _SchemeFamily, flow: _RotatedModel, u: Tensor, target: Tensor):
+        self.family, self.flow, self.u, self.target = family, flow, u, target
+        self.everyone = torch.arange(len(u), device=u.device)
+        self.difference = 1e-4 if flow.exact else 1e-3  # of a parameter, for the Jacobian
+
+    def errors(self, p: Tensor) -> Tensor | None:
+        """Mean square error per trajectory (B,) with parameters p, None where their levels are out of order."""
+        scheme = self.family.scheme(p)
+        return None if scheme is None else _errors(self.flow.ends([scheme], [0], self.u, self.everyone)[0], self.target)
+
+    def linearized(self, p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals (K, d) of the trajectories `index` at p, and their Jacobian (size, K d) by finite differences."""
+        units = torch.eye(self.family.size, dtype=torch.float64)
+        schemes = [self.family.scheme(p), *(self.family.scheme(p + self.difference * e) for e in units)]
+        first = [0, *self.family.first]
+        usable = [k for k, s in enumerate(schemes) if s is not None]
+        ends = self.flow.ends([schemes[k] for k in usable], [first[k] for k in usable], self.u[index], index)
+        jacobian = torch.zeros(self.family.size, ends[0].numel(), dtype=torch.float64, device=ends.device)
+        moved = torch.tensor(usable[1:], device=ends.device) - 1
+        jacobian[moved] = ((ends[1:] - ends[0]) / self.difference).flatten(1)
+        return ends[0] - self.target[index], jacobian
+
+
+@dataclass
+class _Quadratic:
+    """The local model of the robust objective: its (Gauss-Newton) Hessian `normal`, its gradient `slope`, and a ridge on p."""
+
+    normal: Tensor
+    slope: Tensor
+    ridge: float
+
+    def minimizer(self, p: Tensor, damping: float) -> Tensor:
+        """The next parameters by Levenberg-Marquardt: the Hessian's diagonal is raised by `damping` times itself."""
+        diagonal = self.normal.diagonal() + 1e-8 * self.normal.diagonal().max()
+        return p - torch.linalg.solve(
+            self.normal + torch.diag(damping * diagonal + self.ridge), self.slope + self.ridge * p
+        )
+
+
+def _quadratic(residual: Tensor, jacobian: Tensor, share: Tensor, delta2: Tensor) -> _Quadratic:
+    """Residuals (K, d) weighted for the mean of sqrt(e^2 + delta^2): by 1/sqrt(e^2 + delta^2) and by how many each stands for."""
+    square = residual.square().mean(1)
+    trust = share / (square + delta2).sqrt()
+    trust = trust / trust.sum()
+    weighted = jacobian * (trust / residual.shape[1])[:, None].expand_as(residual).flatten()
+    ridge = 1e-3 * float((square * trust).sum())
+    return _Quadratic((weighted @ jacobian.T).cpu(), (weighted @ residual.flatten()).cpu(), ridge)
+
+
 def _fit(
-    family: _Family, flow: _SchemeSolver, y: Tensor, target: Tensor, iterations: int, jacobian: int, ticks: Any
+    family: _SchemeFamily, flow: _RotatedModel, y: Tensor, target: Tensor, options: _Options, ticks: Any
 ) -> Scheme:
     """Levenberg-Marquardt with robust weights; the iterate with the best score on a quarter of the starts is kept."""
+    problem = _EndpointProblem(family, flow, flow.rotated(y, family.r_max), target)
     part = len(y) // 4
     chosen, fit = slice(0, part), slice(part, None)
-    u = flow.rotate(y, family.r_max)
-    everyone = torch.arange(len(y), device=y.device)
-    step = 1e-4 if next(flow.model.parameters(), y).dtype == torch.float64 else 1e-3
-
-    def squares(points: list[Tensor]) -> list[Tensor | None]:
-        """Mean square error per trajectory of each point, None where its scheme is out of order."""
-        out = []
-        for p in points:
-            scheme = family.scheme(p)
-            out.append(None if scheme is None else _errors(flow.ends([scheme], [0], u, everyone)[0], target))
-        return out
-
     p = torch.zeros(family.size, dtype=torch.float64)
-    (error,) = squares([p])
-    best, best_score, damping = p, math.inf, 1e-2
-    for it in range(iterations):
+    error = problem.errors(p)
+    best, best_score, damping = p, _score(error[chosen]), 1e-2
+    for turn in range(options.iterations):
+        delta2 = 0.25 * error[fit].median()
+        index, share = _worst_and_rest(error[fit], options.jacobian_starts, turn)
+        local = _quadratic(*problem.linearized(p, index + part), share, delta2)
+        found = _lower(problem, local, p, damping, _robust(error[fit], delta2), fit, delta2)
+        ticks.update()
+        if found is None:
+            break
+        p, error, damping = found
         if _score(error[chosen]) < best_score:
             best, best_score = p, _score(error[chosen])
-        delta2 = 0.25 * error[fit].median()
-        value = _robust(error[fit], delta2)
-        index, share = _worst_and_rest(error[fit], jacobian, it)
-        index = index + part
-        schemes = [
-            family.scheme(p),
-            *(family.scheme(p + step * e) for e in torch.eye(family.size, dtype=torch.float64)),
-        ]
-        usable = [k for k, s in enumerate(schemes) if s is not None]
-        ends = flow.ends([schemes[k] for k in usable], [[0, *family.first][k] for k in usable], u[index], index)
-        moves = torch.zeros(family.size, ends[0].numel(), dtype=torch.float64, device=y.device)
-        moves[torch.tensor(usable[1:], device=y.device) - 1] = ((ends[1:] - ends[0]) / step).flatten(1)
-        residual = ends[0] - target[index]
-        square = residual.square().mean(1)
-        trust = share / (square + delta2).sqrt()
-        trust = trust / trust.sum()
-        weight = (trust / residual.shape[1])[:, None].expand_as(residual).flatten()
-        normal = ((moves * weight) @ moves.T).cpu()
-        slope = ((moves * weight) @ residual.flatten()).cpu()
-        ridge = 1e-3 * float((square * trust).sum())
-        diagonal = normal.diagonal() + 1e-8 * normal.diagonal().max()
-        improved = False
-        for _ in range(3):
-            trials = [
-                p - torch.linalg.solve(normal + torch.diag(damping * f * diagonal + ridge), slope + ridge * p)
-                for f in DAMPING
-            ]
-            found = squares(trials)
-            values = [math.inf if e is None else _robust(e[fit], delta2) for e in found]
-            k = int(np.argmin(values))
-            if values[k] < value:
-                p, error, damping, improved = trials[k], found[k], max(damping * DAMPING[k], 1e-7), True
-                break
-            damping *= 100
-        ticks.update()
-        if not improved:
-            break
-    if _score(error[chosen]) < best_score:
-        best = p
     return family.scheme(best)
+
+
+def _lower(
+    problem: _EndpointProblem, local: _Quadratic, p: Tensor, damping: float, value: float, fit: slice, delta2: Tensor
+) -> tuple[Tensor, Tensor, float] | None:
+    """(parameters, their errors, damping) whose objective on `fit` is below `value`; None if twelve dampings give none."""
+    for _ in range(3):
+        trials = [local.minimizer(p, damping * factor) for factor in DAMPING]
+        found = [problem.errors(q) for q in trials]
+        values = [math.inf if e is None else _robust(e[fit], delta2) for e in found]
+        k = int(np.argmin(values))
+        if values[k] < value:
+            return trials[k], found[k], max(damping * DAMPING[k], 1e-7)
+        damping *= 100
+    return None
 
 
 def _worst_and_rest(error: Tensor, count: int, turn: int) -> tuple[Tensor, Tensor]:
