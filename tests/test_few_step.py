@@ -554,7 +554,7 @@ def test_a_scheme_has_no_single_steps(flows):
     model, x, _ = flows["VPSDE"]
     with pytest.raises(ValueError, match=r"no single step from t = 0\.5 to 0\.4"):
         FewStep().step(model, x, 0.5, 0.4, State(), RandomSource(0, "cpu", len(x)))
-    with pytest.raises(ValueError, match="not the times of a FewStep"):
+    with pytest.raises(ValueError, match="not the times of this sampler"):
         FewStep().start(model, torch.tensor([1.0, 0.5, 0.1, 1e-3], dtype=torch.float64))
 
 

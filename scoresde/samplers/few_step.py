@@ -221,21 +221,22 @@ class FewStep(HistorySampler):
         )
 
     def evaluations(self, model: ScoreModel, times: Tensor) -> tuple[int, bool]:
-        """(n, whether the first interval is the free move) of a solve through `times`, its own: that of the rule is free where
-        the start lies nearer to infinity, in tau, than one step of the grid.
+        """(n, whether the first interval is the free move) of a solve through `times`, this sampler's own.
+
+        The rule's first move is free where the start lies nearer to infinity, in tau, than one step of the grid. Raises
+        `ValueError` for other times.
         """
         n = times.numel() - 1
         if self.scheme is not None:
             free = n > self.scheme.nfe
         else:
-            r = np.exp(Points.of(model.sde, times[:3]).log_r)
-            start, *following = tau(r, self.scale(model))
-            free = n > 1 and 1 - start <= following[0] - following[1]
+            start, *following = tau(np.exp(-0.5 * model.sde.log_snr(times[:3]).numpy()), self.scale(model))
+            free = n > 1 and bool(1 - start <= following[0] - following[1])
         n -= free
         own = self.times(model, n, float(times[0]))
-        if own.shape != times.shape or not torch.allclose(own, times, rtol=0, atol=1e-9):
+        if own.shape != times.shape or float((own - times).abs().max()) > 1e-9:
             raise ValueError(
-                "these are not the times of a FewStep sampler: take its times(model, steps), or on_given_grid()."
+                "these are not the times of this sampler: take its times(model, steps), or on_given_grid() for others."
             )
         return n, free
 
@@ -246,27 +247,23 @@ class FewStep(HistorySampler):
         _, size = rotation(points.alpha, points.sigma, c)
         first = int(free)  # the step that evaluates first
         at = points[first:-1]
-        p, q = Angle(c).combination(affine_arrays(model, torch.from_numpy(at.t)), at)
+        p, q = Angle(c).combination(affine_arrays(model, times[first:-1]), at)
         keep = size[1:] / size[:-1]
         keep[first:] *= 1 + scheme.gain
         weights = size[first + 1 :, None] * scheme.weights
-        shift = points.alpha[1:] - keep * points.alpha[:-1]
-        shift[first:] += weights @ (at.sigma / size[first:-1] / c)  # sin(theta) mean / c is the mean's part of v
-        shifts = [0.0] * len(keep) if self.mean is None else shift.tolist()
-        rows = [MultistepRow(0.0, 0.0, float(keep[0]), (), shift=shifts[0])] if free else []
-        for i in range(n):
-            used = weights[i, i::-1]  # newest first
-            oldest = max(np.flatnonzero(used), default=0)  # what is older and of weight 0 need not be remembered
-            rows.append(
-                MultistepRow(
-                    float(p[i]),
-                    float(q[i]),
-                    float(keep[first + i]),
-                    tuple(used[: oldest + 1].tolist()),
-                    shift=shifts[first + i],
-                )
-            )
-        return rows
+        shift = np.zeros_like(keep)
+        if self.mean is not None:
+            shift = points.alpha[1:] - keep * points.alpha[:-1]
+            shift[first:] += weights @ (at.sigma / size[first:-1] / c)  # sin(theta) mean / c is the mean's part of v
+        used = weights != 0  # predictions older than the first that is used need not be remembered
+        oldest = np.where(used.any(1), used.argmax(1), np.arange(n)).tolist()
+        newest_first = [
+            tuple(w[k : i + 1][::-1]) for i, (w, k) in enumerate(zip(weights.tolist(), oldest, strict=True))
+        ]
+        keep, shift = keep.tolist(), shift.tolist()
+        rows = [MultistepRow(0.0, 0.0, keep[0], (), shift=shift[0])] if free else []
+        columns = p.tolist(), q.tolist(), keep[first:], newest_first, [0.0] * n, [()] * n, shift[first:]
+        return rows + list(map(MultistepRow._make, zip(*columns, strict=True)))
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
