@@ -167,6 +167,11 @@ class Angle(Prediction):
         cosine, sine_over_c = np.cos(theta), np.sin(theta) / self.c
         return rotated_velocity(cosine, sine_over_c, a, c), rotated_velocity(cosine, sine_over_c, b, e)
 
+    def mean_part(self, at: Points) -> Array:
+        """sin(theta)/c, what one unit of the data's mean adds to m: with it taken out, m = cos eps_hat - sin (D - mean)/c."""
+        _, scale = rotation(at.alpha, at.sigma, self.c)
+        return at.sigma / scale / self.c
+
     def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
         theta_t, scale_t = rotation(t.alpha, t.sigma, self.c)
         theta_s, scale_s = rotation(s.alpha, s.sigma, self.c)

@@ -254,7 +254,7 @@ class FewStep(HistorySampler):
         shift = np.zeros_like(keep)
         if self.mean is not None:
             shift = points.alpha[1:] - keep * points.alpha[:-1]
-            shift[first:] += weights @ (at.sigma / size[first:-1] / c)  # sin(theta) mean / c is the mean's part of v
+            shift[first:] += weights @ Angle(c).mean_part(at)
         used = weights != 0  # predictions older than the first that is used need not be remembered
         oldest = np.where(used.any(1), used.argmax(1), np.arange(n)).tolist()
         newest_first = [

@@ -66,22 +66,22 @@ class QuadratureRule:
 
 
 @functools.lru_cache(maxsize=64)
-def equispaced(stretch: AngleWarp, low: float, high: float, n: int) -> tuple[Array, float]:
+def equispaced(warp: AngleWarp, low: float, high: float, n: int) -> tuple[Array, float]:
     """n angles equally spaced in s from low to high, and their spacing."""
-    ends = stretch(np.array([low, high]))
-    theta = stretch.inverse(np.linspace(*ends, n), low, high)
+    ends = warp(np.array([low, high]))
+    theta = warp.inverse(np.linspace(*ends, n), low, high)
     theta[0], theta[-1] = low, high
     return theta, float(ends[1] - ends[0]) / (n - 1)
 
 
 @functools.lru_cache(maxsize=256)
-def gauss_legendre(stretch: AngleWarp, low: float, high: float, points: int) -> QuadratureRule:
+def gauss_legendre(warp: AngleWarp, low: float, high: float, points: int) -> QuadratureRule:
     """Nodes and weights (for d theta) of the Gauss-Legendre rule in s."""
-    ends = stretch(np.array([low, high]))
+    ends = warp(np.array([low, high]))
     z, w = np.polynomial.legendre.leggauss(points)
     half = 0.5 * float(ends[1] - ends[0])
-    theta = stretch.inverse(half * (z + 1) + ends[0], low, high)
-    return QuadratureRule(theta, half * w / stretch.slope(theta))
+    theta = warp.inverse(half * (z + 1) + ends[0], low, high)
+    return QuadratureRule(theta, half * w / warp.slope(theta))
 
 
 class Field:
@@ -127,9 +127,9 @@ class Field:
 
 @dataclass
 class Curve:
-    """Slopes dU/dnode (n, B, *) at the nodes of `stretch`, from u (B, *) at angle `low` to `high`."""
+    """Slopes dU/dnode (n, B, *) at the nodes of `warp`, from u (B, *) at angle `low` to `high`."""
 
-    stretch: AngleWarp
+    warp: AngleWarp
     low: float
     high: float
     u: Tensor
@@ -138,10 +138,10 @@ class Curve:
     def at(self, theta: Array) -> tuple[Tensor, Tensor]:
         """Matrices (N, n) that give U - u and dU/dtheta at the angles when multiplied with the slopes."""
         n = self.slopes.shape[0]
-        _, spacing = equispaced(self.stretch, self.low, self.high, n)
-        position = (self.stretch(theta) - float(self.stretch(np.array([self.low]))[0])) / spacing
+        _, spacing = equispaced(self.warp, self.low, self.high, n)
+        position = (self.warp(theta) - float(self.warp(np.array([self.low]))[0])) / spacing
         value, slope = dense(n, DENSE, tuple(position.tolist()))
-        rate = self.stretch.slope(theta) / spacing
+        rate = self.warp.slope(theta) / spacing
         return self._matrix(value), self._matrix(slope * rate[:, None])
 
     def _matrix(self, m: Array) -> Tensor:
@@ -154,9 +154,9 @@ class Curve:
         return self.u + torch.tensordot(self._matrix(dense(n, DENSE, (n - 1.0,))[0])[0], self.slopes, 1)
 
 
-def trace_curve(field: Field, stretch: AngleWarp, u: Tensor, theta: Array, spacing: float) -> Curve:
+def trace_curve(field: Field, warp: AngleWarp, u: Tensor, theta: Array, spacing: float) -> Curve:
     """Follow the flow from u (B, *) through the angles theta (n,), equally spaced in s: `evaluations(n)` in all."""
-    rates = (spacing / stretch.slope(theta)).tolist()
+    rates = (spacing / warp.slope(theta)).tolist()
     slopes = [field(u, 0) * rates[0]]
     state = u
     for i in range(1, len(theta)):
@@ -168,7 +168,7 @@ def trace_curve(field: Field, stretch: AngleWarp, u: Tensor, theta: Array, spaci
         guess = _add(state, slopes[-order:], _adams(order, 0))
         slopes.append(field(guess, i) * rates[i])
         state = _add(state, slopes[-order:], _adams(order, 1))
-    return Curve(stretch, float(theta[0]), float(theta[-1]), u, torch.stack(slopes))
+    return Curve(warp, float(theta[0]), float(theta[-1]), u, torch.stack(slopes))
 
 
 def evaluations(nodes: int) -> int:
