@@ -51,13 +51,12 @@ class Sampler(ABC, Generic[Row]):
     """Takes x from time t to an earlier time s.
 
     Attributes: `stochastic`, whether its steps draw noise; `adaptive`, whether it chooses steps of its own within an interval of
-    the grid; `row_type`, the tuple that holds one step's numbers; `default_steps`; `grid`, the time grid used unless another is
-    given; `denoise_final`, whether the loop
-    ends with the denoiser at t_min in place of x (one more evaluation: it removes the noise that is left there);
-    `nfe_per_step`, evaluations of the network per step (None: as many as its tolerances need); `convergence_order`, that of
-    the endpoint's error in the step size on smooth grids, for deterministic methods of fixed steps; `saved_at_zero`,
-    evaluations that a step which ends at sigma = 0 does without; `solve_options`, the options of `scoresde.flow.solve_flow` where
-    the sampler is that solve, whose samples can have their log densities along.
+    the grid; `row_type`, the tuple that holds one step's numbers; `default_steps`; `grid`, the time grid used unless another
+    is given; `denoise_final`, whether the loop ends with the denoiser at t_min in place of x (one more evaluation: it removes the
+    noise that is left there); `nfe_per_step`, evaluations of the network per step (None: as many as its tolerances need);
+    `convergence_order`, that of the endpoint's error in the step size on smooth grids, for deterministic methods of fixed
+    steps; `saved_at_zero`, evaluations that a step which ends at sigma = 0 does without; `solve_options`, the options of
+    `scoresde.flow.solve_flow` where the sampler is that solve, so that its samples can come with their log densities.
     """
 
     stochastic: bool = True

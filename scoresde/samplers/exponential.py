@@ -102,7 +102,12 @@ class ErSde:
 
 
 class Prediction(ABC):
-    """What is interpolated. `combination` says how it follows from the model's raw output, the rest is the table above."""
+    """What is interpolated. `combination` says how it follows from the model's raw output, the rest is the table above.
+
+    `noisy`: whether steps draw noise (C > 0).
+    """
+
+    noisy = False
 
     @abstractmethod
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
@@ -138,6 +143,7 @@ class Data(Prediction):
         if not (phi is None or (hasattr(phi, "excess") and hasattr(phi, "slope"))):
             raise TypeError(f"phi must be Tau(...) or ErSde(), got {phi!r}; for tau = 0.5 write Data(Tau(0.5)).")
         self.phi = Tau(0.0) if phi is None else phi
+        self.noisy = self.phi.noisy
 
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
         return affine[0], affine[1]

@@ -40,7 +40,6 @@ from scoresde.samplers.base import Sampler, State, undefined
 from scoresde.samplers.exponential import (
     VARIABLES,
     Array,
-    Data,
     Points,
     Prediction,
     affine_arrays,
@@ -171,7 +170,7 @@ class Multistep(HistorySampler):
         self.corrector = corrector
         self.midpoint = checks.choice(pair, ("exact", "midpoint"), "pair") == "midpoint"
         kind = prediction_for(prediction, 1.0)  # a wrong name is an error here, not at the first use
-        self.stochastic = isinstance(kind, Data) and kind.phi.noisy
+        self.stochastic = kind.noisy
         self.reach = max(self.order, self.corrector)
         highest = 2 if variable == "index" else 3
         self.convergence_order = None if self.stochastic else min(highest, self.reach)

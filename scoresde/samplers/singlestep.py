@@ -14,7 +14,7 @@ from scoresde.models.base import ScoreModel
 from scoresde.models.prepared import combine
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State, add_times
-from scoresde.samplers.exponential import Data, Points, Prediction, affine_arrays, prediction_for, step_weights
+from scoresde.samplers.exponential import Points, Prediction, affine_arrays, prediction_for, step_weights
 
 
 class Stage(NamedTuple):
@@ -60,7 +60,7 @@ class Singlestep(Sampler[SinglestepRow]):
 
     def __init__(self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = balanced):
         kind = prediction_for(prediction, 1.0)
-        if isinstance(kind, Data) and kind.phi.noisy:
+        if kind.noisy:
             raise ValueError("singlestep methods are deterministic; for a noisy phi use Multistep(Data(phi), order).")
         self.prediction = prediction
         self.scheme = checks.choice(scheme, SCHEMES, "singlestep scheme")
