@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scoresde import EDMSDE, VPSDE, CosineSDE, GaussianMixture, NonFiniteError, RectifiedFlow, ScoreNet, elbo, grids
-from scoresde.likelihood import dequantize, quantize
+from scoresde.likelihood import ddpm, dequantize, quantize
 from scoresde.likelihood.ddpm import ddpm_bound
 from scoresde.nets import MLP
 
@@ -174,18 +174,47 @@ def test_the_decoder_of_integers():
 
 
 def test_standard_errors_are_calibrated(full3):
-    """Spread over seeds against `stderr`: all steps, several samples, subsampled steps."""
+    """Spread over seeds against `stderr`: all steps, several samples, subsampled steps, another grid."""
     model, x = full3.diffuse(VPSDE()), full3.sample(48, seed=4)
     for options in (
         {"steps": 30},
         {"steps": 20, "samples_per_step": 3},
         {"steps": 200, "steps_per_example": 15},
         {"steps": 200, "steps_per_example": 8, "samples_per_step": 3},
+        {"steps": 40, "variance": "large", "grid": grids.karras},
     ):
         results = [ddpm_bound(model, x, seed=s, **options) for s in range(20)]
         observed = torch.stack([r.value for r in results]).var(0).mean().sqrt()
         reported = torch.stack([r.stderr for r in results]).square().mean().sqrt()
-        assert 0.75 < float(observed / reported) < 1.3, options
+        assert 0.8 < float(observed / reported) < 1.25, options
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_example": 5, "samples_per_step": 2}], ids=["whole", "drawn"])
+def test_a_bound_depends_on_its_example_and_its_seed_alone(options, full3):
+    """33 rows at once, one by one, and among others; equal rows with equal seeds have equal, finite bounds."""
+    model, x = full3.diffuse(VPSDE()), full3.sample(33, seed=11)
+    seeds = [7 * i + 3 for i in range(33)]
+    whole = ddpm_bound(model, x, steps=20, seed=seeds, **options)
+    alone = [ddpm_bound(model, x[i : i + 1], steps=20, seed=seeds[i : i + 1], **options) for i in range(33)]
+    among = ddpm_bound(model, torch.cat([100 * x[:5], x[20:]]), steps=20, seed=[1, 2, 3, 4, 5, *seeds[20:]], **options)
+    for name in ("value", "stderr", "diffusion", "reconstruction", "prior"):
+        values = getattr(whole, name)
+        torch.testing.assert_close(torch.cat([getattr(r, name) for r in alone]), values, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(getattr(among, name)[5:], values[20:], rtol=1e-10, atol=1e-10)
+    same = ddpm_bound(model, x[:1].expand(32, 3), steps=20, seed=[5] * 32, **options).value
+    assert bool(torch.isfinite(same).all())
+    torch.testing.assert_close(same, same[:1].expand(32), rtol=1e-12, atol=0)
+
+
+def test_the_control_variates_are_unbiased_and_help(full3, monkeypatch):
+    """Without them the same mean in a z-test, and a variance that is several times larger."""
+    model, x = full3.diffuse(VPSDE()), full3.sample(400, seed=5)
+    with_them = ddpm_bound(model, x, steps=30, seed=0).diffusion
+    monkeypatch.setattr(ddpm, "controlled", lambda ratio, *rest: ratio)
+    without = ddpm_bound(model, x, steps=30, seed=1).diffusion
+    spread = float((without - with_them).std())
+    assert abs(float((without - with_them).mean())) < 4 * spread / 20
+    assert float(without.var() / with_them.var()) > 2
 
 
 def test_subsampled_steps_are_unbiased(full3):
@@ -224,23 +253,24 @@ def test_grids_and_seeds(full3):
     seeds = list(range(12))
     one = ddpm_bound(model, x[:12], steps=4, steps_per_example=2, seed=seeds)
     part = ddpm_bound(model, x[4:7], steps=4, steps_per_example=2, seed=seeds[4:7])
-    torch.testing.assert_close(one.value[4:7], part.value)  # no control variate below 16 examples
+    torch.testing.assert_close(one.value[4:7], part.value)
     low = ddpm_bound(model, x.float(), steps=4, seed=1)
     assert low.value.dtype == torch.float64
 
 
 def test_few_examples(full3):
-    """One example with one sample per step: no error to tell; with two there is one; no examples work."""
+    """One example knows its error from its own steps, or samples; one step with one sample leaves none; no examples work."""
     model, x = full3.diffuse(VPSDE()), full3.sample(3, seed=9)
-    one = ddpm_bound(model, x[:1], steps=5, seed=0)
-    assert bool(torch.isfinite(one.value).all())
-    assert bool(one.stderr.isnan().all())
-    assert bool(torch.isfinite(ddpm_bound(model, x[:1], steps=5, samples_per_step=2, seed=0).stderr).all())
+    for steps, samples in ((2, 1), (3, 1), (5, 1), (5, 2), (1, 2)):
+        one = ddpm_bound(model, x[:1], steps=steps, samples_per_step=samples, seed=0)
+        assert bool(torch.isfinite(one.value).all())
+        assert bool(torch.isfinite(one.stderr).all())
     none = ddpm_bound(model, x[:0], steps=5, seed=0)
     assert tuple(none.value.shape) == tuple(none.stderr.shape) == (0,)
     assert tuple(none.steps.shape) == (5, 0)
     single = ddpm_bound(model, x, steps=1, seed=0)
     assert bool(torch.isfinite(single.value).all())
+    assert bool(single.stderr.isnan().all())
 
 
 def test_conditions_reach_the_network():

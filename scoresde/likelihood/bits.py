@@ -24,12 +24,21 @@ from scoresde import checks, conditions, ode
 from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
 from scoresde.likelihood.decoupled.survey import plan_likelihood
 from scoresde.likelihood.density import METHODS, log_prob
-from scoresde.likelihood.dequantization import Dequantizer, dequantizer, log_mean_weight, pair
-from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
+from scoresde.likelihood.dequantization import (
+    Dequantizer,
+    check_reach,
+    dequantizer,
+    levels_of,
+    log_mean_weight,
+    pair,
+)
+from scoresde.likelihood.divergence import Divergence, Exact, check_divergence, default_divergence
 from scoresde.models.base import ScoreModel, require_model
 from scoresde.modes import device_of, dtype_of
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive, spawn
+
+LOADER, IGNORE = "loader", "ignore"  # what `cond` may say of the second entry of a loader's batches
 
 
 @dataclass
@@ -83,10 +92,11 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Upper bound on the bits/dim of integer data 0..levels-1 under the model, by the probability-flow ODE.
 
-    Arguments: `data`, integers (N, *), or a loader of such batches (of tuples: their first entry); `levels`, by default
+    Arguments: `data`, integers (N, *), or a loader of such batches; `levels`, by default
     what the model was trained on, 256 for a model that does not say (refused where the data only reach below 64);
     `value_range`, where the levels lie in the model's
-    space, by default the model's; `cond`, conditions for all N (tensor data only); `seed`: example i draws its noise
+    space, by default the model's; `cond`, conditions for all N; with a loader of (data, condition) it has to say what becomes of
+    the second entry, "loader" (it is the condition) or "ignore" (a ValueError otherwise); `seed`: example i draws its noise
     from (seed, first + i), so results do not depend on `batch_size`; `first`: where data[0] stands in a larger set that is
     scored in parts; `plan`: where a decoupled solve looks, by default `plan_likelihood(model)` on eight of the model's own
     samples where the trace is estimated and there is no `cond` (None: what `log_prob` takes by itself). The rest as in `log_prob`.
@@ -101,43 +111,29 @@ def bits_per_dim(
     maximum), for `levels` other than the model's or missing where they are needed, for a dequantizer made for others, and for
     an empty set.
     """
-    for name, value in (("batch_size", batch_size), ("samples", samples), ("draws", draws)):
-        checks.positive_int(value, name)
-    require_model(model)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ValueError(f"first must be an int >= 0, the index of data[0] in the whole set, got {first!r}.")
+    _check_options(
+        model, seed, first, method, plan, batch_size=batch_size, samples=samples, draws=draws, max_nfe=max_nfe
+    )
     for name, value in (("rtol", rtol), ("atol", atol)):
         checks.positive(value, name)
-    checks.positive_int(max_nfe, "max_nfe")
-    checks.choice(method, METHODS, "method of solution")
-    if plan is not None and plan != "auto" and not isinstance(plan, LikelihoodPlan):
-        raise TypeError(
-            f'plan must be "auto", None or a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.'
-        )
+    check_divergence(divergence)
     if len(getattr(data, "shape", ())) > 1:
         model.check_event(tuple(data.shape[1:]))
-    declared = levels is not None or model.levels is not None
-    levels = levels_of(model, levels)
+    count = levels_of(model, levels)
     ends = pair(model.value_range if value_range is None else value_range)
-    points = dequantizer(dequantization, model, levels, ends)
+    points = dequantizer(dequantization, model, count, ends)
     options = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
     if plan != "auto":
         options["plan"] = plan
-    elif cond is None and surveyed(model, divergence, method):
+    elif (cond is None or cond == IGNORE) and surveyed(model, divergence, method):
         options["plan"] = survey_of(model, divergence=divergence, rtol=rtol, atol=atol)
     device = device_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
     total = data.shape[0] if hasattr(data, "shape") else None
     with bar(total, "bits/dim", "image", progress) as ticks:
-        for k, c in _batches(data, cond, batch_size, levels):
+        for k, c in _batches(data, cond, batch_size, count):
             n, d = k.shape[0], math.prod(k.shape[1:])
-            if not declared and n and int(k.max()) < levels // 4:
-                raise ValueError(
-                    f"levels is not given and the model does not say; 256 is the default, but the data only reach "
-                    f"{int(k.max())}. Pass levels= (256 if these are dark 8-bit images)."
-                )
+            check_reach(k, model, levels)
             k, c = k.to(device), conditions.move(c, device)
             log_w, error, cost, state = _log_weights(
                 model, k, c, points, (draws, samples), spawn(seed, n, first + seen), batch_size, options
@@ -263,30 +259,52 @@ def _draw_stderr(per_draw: Tensor) -> float:
     return float((per_draw.var(1).sum() / draws).sqrt() / n)
 
 
-def levels_of(model: ScoreModel, levels: int | None) -> int:
-    """The levels of the data: those given, the model's, or 256. `ValueError` where both are given and differ."""
-    if levels is None:
-        return 256 if model.levels is None else model.levels
-    checks.positive_int(levels, "levels")
-    if model.levels is not None and levels != model.levels:
-        raise ValueError(
-            f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data."
+def _check_options(model: Any, seed: Any, first: Any, method: Any, plan: Any, **counts: int) -> None:
+    """The checks of `bits_per_dim` that do not look at the data."""
+    for name, value in counts.items():
+        checks.positive_int(value, name)
+    require_model(model)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ValueError(f"first must be an int >= 0, the index of data[0] in the whole set, got {first!r}.")
+    checks.choice(method, METHODS, "method of solution")
+    if plan is not None and not (isinstance(plan, LikelihoodPlan) or (isinstance(plan, str) and plan == "auto")):
+        raise TypeError(
+            f'plan must be "auto", None or a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.'
         )
-    return levels
 
 
 def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Tensor, Any]]:
+    """Checked integers (n, *) and their conditions, from a tensor in chunks of `size` or from a loader as they come."""
+    asked = cond if isinstance(cond, str) else None
     if isinstance(data, Tensor) or hasattr(data, "__array__"):
+        if asked is not None:
+            raise ValueError(
+                f"cond={asked!r} goes with a loader; for a tensor of data pass the conditions themselves, or None."
+            )
         whole = _images(data, levels)
         conditions.check(cond, whole.shape[0])
         for start in range(0, whole.shape[0], size):
             rows = torch.arange(start, min(start + size, whole.shape[0]))
             yield whole[rows], conditions.take_rows(cond, rows)
         return
-    if cond is not None:
-        raise ValueError("cond goes with a tensor of data; a loader would not say which rows it belongs to.")
+    if asked not in (LOADER, IGNORE) and cond is not None:
+        raise ValueError(
+            f"cond goes with a tensor of data; a loader would not say which rows it belongs to. Let it give (data, condition) and "
+            f'pass cond="{LOADER}".'
+        )
     for batch in data:
-        yield _images(batch[0] if isinstance(batch, (tuple, list)) else batch, levels), None
+        k, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
+        if len(rest) != (asked == LOADER) and asked != IGNORE:
+            raise ValueError(
+                f'the loader gives {len(rest) + 1} entries a batch, with cond={cond!r}. Pass cond="{LOADER}" to take the second of '
+                f'two as the condition, cond="{IGNORE}" to score the first alone, or None where there is one.'
+            )
+        k = _images(k, levels)
+        given = rest[0] if asked == LOADER else None
+        conditions.check(given, k.shape[0])
+        yield k, given
 
 
 def _images(batch: Any, levels: int) -> Tensor:

@@ -35,8 +35,15 @@ import torch
 from torch import Tensor
 
 from scoresde import checks, grids
-from scoresde.likelihood.dequantization import pair, warn_if_quantized
-from scoresde.likelihood.variational import control_factor
+from scoresde.likelihood.dequantization import check_reach, levels_of, pair, warn_if_quantized
+from scoresde.likelihood.variational import (
+    controlled,
+    gaussian_error,
+    prior_kl,
+    raise_if_not_finite,
+    variance_of_mean,
+    variance_of_total,
+)
 from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
@@ -44,6 +51,7 @@ from scoresde.sde import sum_event
 
 DECODER_DRAWS = 4  # at least so many: the scatter of these is the decoder's part of `stderr`
 VARIANCES = ("small", "large")
+LARGEST = 1e12  # ratio of two steps' SNRs in a weight, where a schedule ends in no signal at all
 
 
 @dataclass
@@ -51,8 +59,9 @@ class DDPMBound:
     """The terms of the bound for a batch, in nats, float64; smaller terms are better.
 
     `prior`, `diffusion`, `reconstruction` (B,): L_T, the sum of the L_{t-1}, and L_0; `value` (B,), minus their sum: a lower
-    bound of log p(x_0), or of log P(k) for integers; `stderr` (B,), its Monte Carlo error, NaN where nothing tells (one
-    example with one sample per step); `steps` (J, B), the diffusion term by step, largest t first, or the estimate of each
+    bound of log p(x_0), or of log P(k) for integers; `stderr` (B,), its Monte Carlo error from each example's own draws, right
+    in the mean square (with one sample per step too large where steps are so wide that the term bends between them; NaN for a
+    single step); `steps` (J, B), the diffusion term by step, largest t first, or the estimate of each
     stratum where steps were subsampled; `times` (T + 1,), the grid; `nfe`, evaluations per example; `dimensions`, d.
     """
 
@@ -96,8 +105,8 @@ def ddpm_bound(
     `steps_per_example`, evaluate this many steps per example, one at random from each of as many strata, instead of all;
     `seed`, one int or one per example.
 
-    Without subsampling an example takes steps * samples_per_step evaluations and a few for the decoder. The norm of the noise
-    serves as a control variate as in `elbo`, its factor fitted on the other half of the batch (16 examples or more).
+    Without subsampling an example takes steps * samples_per_step evaluations and a few for the decoder. Control variates, and what
+    a bound depends on, are as in `elbo`: with one seed per example it is that example and its seed alone.
 
     Raises `TypeError` and `ValueError` for data, levels, steps or a grid that do not fit, `NonFiniteError` (naming t and the
     examples) for NaN from the network. Warns where floating-point data look quantized.
@@ -114,47 +123,24 @@ def ddpm_bound(
     check_input(model, x, cond, "data")
     if edges is None:
         warn_if_quantized(x, "ddpm_bound")
-    sde, n, d = model.sde, x.shape[0], math.prod(x.shape[1:])
-    times = (grids.uniform_log_snr if grid is None else grid)(sde, steps)
-    _check_times(times, steps, sde)
-    lam = sde.log_snr(times)
-    rho = (sde.sigma(times[1:]) / sde.sigma(times[:-1])).square()  # (T,), step i goes from times[i] to times[i + 1]
-    source = RandomSource(seed, x.device, n, salt=4)
-    shared = (model, x, source, cond)
-    bounds = [j * steps // strata for j in range(strata + 1)]
-    terms, scatter = [], torch.zeros(n, dtype=torch.float64, device=x.device)
+    times = (grids.uniform_log_snr if grid is None else grid)(model.sde, steps)
+    _check_times(times, steps, model.sde)
+    noising = _Noising(model, x, RandomSource(seed, x.device, x.shape[0], salt=4), cond)
+    decoder_draws = max(samples_per_step, DECODER_DRAWS)
     with evaluating(model):
-        for first, last in pairwise(bounds):
-            found = []
-            for _ in range(samples_per_step):
-                i = torch.full((n,), first, device=x.device)
-                if last - first > 1:
-                    u = source.uniform((n, 1), torch.float64).squeeze(1)
-                    i = first + (u * (last - first)).long()
-                i = i.cpu()
-                kl = _step(*shared, times[i], lam[i], lam[i + 1], rho[i] if variance == "large" else None)
-                found.append((last - first) * kl)
-            found = torch.stack(found)
-            terms.append(found.mean(0))
-            if samples_per_step > 1:
-                scatter = scatter + _variance_of_mean(found)
-        draws = max(samples_per_step, DECODER_DRAWS)
-        decoded = torch.stack([_decode(*shared, times[-1], edges) for _ in range(draws)])
-    stacked = torch.stack(terms)
-    if samples_per_step == 1:
-        scatter = _neighbours(stacked)
-    prior = _prior(sde, x, float(times[0]))
-    diffusion, reconstruction = stacked.sum(0), decoded.mean(0)
+        terms, spread = _diffusion(noising, times, variance == "large", strata, samples_per_step)
+        reconstruction, decoder_spread = _reconstruction(noising, times[-1], edges, decoder_draws)
+    prior, diffusion = prior_kl(model.sde, x, float(times[0])), terms.sum(0)
     return DDPMBound(
         prior,
         diffusion,
         reconstruction,
         -(prior + diffusion + reconstruction),
-        (scatter + _variance_of_mean(decoded)).sqrt(),
-        stacked,
+        (spread + decoder_spread).sqrt(),
+        terms,
         times,
-        strata * samples_per_step + draws,
-        d,
+        strata * samples_per_step + decoder_draws,
+        noising.d,
     )
 
 
@@ -168,20 +154,11 @@ def _points(
                 "levels and value_range go with integer data, got floating point; pass the raw integers, or leave both out."
             )
         return data.to(torch.promote_types(data.dtype, torch.float32)), None
-    declared = levels if levels is not None else model.levels
-    if declared is not None and model.levels is not None and declared != model.levels:
-        raise ValueError(
-            f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data."
-        )
-    count = 256 if declared is None else declared
+    count = levels_of(model, levels)
     k = checks.integers(data, count)
     if k.dim() < 2:
         raise ValueError(f"data must have shape (B, ...) with a batch axis first, got shape {tuple(k.shape)}.")
-    if declared is None and k.numel() and int(k.max()) < count // 4:
-        raise ValueError(
-            f"levels is not given and the model does not say; 256 is the default, but the data only reach {int(k.max())}. "
-            "Pass levels= (256 if these are dark 8-bit images)."
-        )
+    check_reach(k, model, levels)
     low, high = pair(model.value_range if value_range is None else value_range)
     k = k.to(device_of(model)).double()
     width = (high - low) / count
@@ -202,62 +179,82 @@ def _check_times(times: Any, steps: int, sde: Any) -> None:
         )
 
 
-def _noisy(model: ScoreModel, x: Tensor, source: RandomSource, cond: Any, t: Tensor) -> tuple[Tensor, ...]:
-    """(D, eps_hat, eps) of x noised to t () or (B,), after a look for NaN."""
-    eps = source.normal(x.shape, x.dtype)
-    denoised, noise = model.predict(model.sde.perturb(x, t.to(x.device), eps), t.to(x.device), cond)
-    bad = ~(torch.isfinite(denoised) & torch.isfinite(noise)).flatten(1).all(1)
-    if bool(bad.any()):
-        rows = bad.nonzero().flatten().tolist()
-        raise checks.NonFiniteError(
-            f"the network returned NaN or infinity at t = {float(t.expand(len(bad))[rows[0]]):.6g}, examples "
-            f"{checks.rows_text(rows)}."
-        )
-    return denoised.double(), noise.double(), eps.double()
+@dataclass
+class _Noising:
+    """The examples x (B, *), with the noise that they are given and the model that takes it away."""
+
+    model: ScoreModel
+    x: Tensor
+    source: RandomSource
+    cond: Any
+
+    def __post_init__(self) -> None:
+        self.d = math.prod(self.x.shape[1:])
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """At t () or (B,): D (B, *), ||x_0 - D||^2, ||eps_hat - eps||^2 and the mean square of eps less 1, (B,); float64."""
+        eps = self.source.normal(self.x.shape, self.x.dtype)
+        t = t.to(self.x.device)
+        denoised, noise = (v.double() for v in self.model.predict(self.model.sde.perturb(self.x, t, eps), t, self.cond))
+        by_data, by_noise = sum_event((self.x - denoised).square()), sum_event((noise - eps).square())
+        return denoised, by_data, by_noise, sum_event(eps.double().square()) / self.d - 1
 
 
-def _step(
-    model: ScoreModel,
-    x: Tensor,
-    source: RandomSource,
-    cond: Any,
-    t: Tensor,
-    lam_t: Tensor,
-    lam_s: Tensor,
-    rho: Tensor | None,
-) -> Tensor:
-    """One draw of the KL of the step from t to s (B,), with the control variate."""
-    denoised, noise, eps = _noisy(model, x, source, cond, t)
-    lam_t, lam_s = lam_t.to(x.device), lam_s.to(x.device)
-    # SNR_t |x_0 - D|^2 = |eps_hat - eps|^2: the left side keeps its digits where there is little signal, the right elsewhere
-    by_noise = torch.expm1(lam_s - lam_t) * sum_event((noise - eps).square())
-    by_data = (lam_s.exp() - lam_t.exp()) * sum_event((x.double() - denoised).square())
-    kl = 0.5 * torch.where(lam_t > 0, by_noise, by_data)
-    d = math.prod(x.shape[1:])
-    if rho is not None:
-        rho = rho.to(x.device)
-        kl = rho * kl + 0.5 * d * (rho - 1 - rho.log())
-    excess = sum_event(eps.square()) - d
-    return kl - control_factor(kl, excess) * excess
+def _diffusion(noising: _Noising, times: Tensor, large: bool, strata: int, samples: int) -> tuple[Tensor, Tensor]:
+    r"""The diffusion term by stratum (J, B), and the estimated variance (B,) of its sum.
+
+    Step i costs $c_i + a_i e$ with e the squared error per entry of the predicted noise, since $SNR_t \|x_0 - D\|^2 = d\,e$.
+    """
+    sde, device, steps, n = noising.model.sde, noising.x.device, len(times) - 1, noising.x.shape[0]
+    lam, d = sde.log_snr(times), noising.d
+    rho = (sde.sigma(times[1:]) / sde.sigma(times[:-1])).square() if large else torch.ones(steps, dtype=torch.float64)
+    constants = (0.5 * d * (rho - 1 - rho.log())).to(device)
+    slopes = (0.5 * d * rho * torch.expm1(lam.diff()).clamp_max(LARGEST)).to(device)
+    snr_gaps = (0.5 * rho * lam.exp().diff()).to(device)
+    bounds = [j * steps // strata for j in range(strata + 1)]
+    weights = torch.stack([slopes[i:j].sum() for i, j in pairwise(bounds)])
+    ratios, excesses, places, costs, visited = [], [], [], [], []
+    for (first, last), weight in zip(pairwise(bounds), weights, strict=True):
+        for _ in range(samples):
+            i = torch.full((n,), first, device=device)
+            if last - first > 1:
+                i = i + (noising.source.uniform((n, 1), torch.float64).squeeze(1) * (last - first)).long()
+            visited.append(times.to(device)[i])
+            _, by_data, by_noise, excess = noising(visited[-1])
+            # the left side of the equation keeps its digits where there is little signal, the right elsewhere
+            error = torch.where(lam.to(device)[i] > 0, slopes[i] * by_noise / d, snr_gaps[i] * by_data)
+            share = (last - first) / weight
+            costs.append((last - first) * constants[i])
+            ratios.append(share * error)
+            excesses.append(share * slopes[i] * excess)
+            places.append((i.double() - 0.5 * (first + last - 1)) / (last - first))
+    raise_if_not_finite(ratios, visited)
+    ratio, excess, place, cost = (torch.stack(v).reshape(strata, samples, n) for v in (ratios, excesses, places, costs))
+    middles = torch.stack([lam[i:j].mean() for i, j in pairwise(bounds)]).to(device)
+    ratio = controlled(ratio, excess, place, gaussian_error(noising.model, middles), d)
+    whole = torch.stack([constants[i:j].sum() for i, j in pairwise(bounds)])[:, None]
+    ratio = ratio + (cost - whole[:, None]) / weights[:, None, None]  # 0 unless steps are drawn
+    return whole + weights[:, None] * ratio.mean(1), variance_of_total(ratio, weights)
 
 
-def _decode(
-    model: ScoreModel,
-    x: Tensor,
-    source: RandomSource,
-    cond: Any,
-    t: Tensor,
-    edges: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """One draw of -log p(x_0|x_t) (B,)."""
-    denoised, noise, eps = _noisy(model, x, source, cond, t)
-    ratio = float(torch.exp(-0.5 * model.sde.log_snr(t)))
-    if edges is not None:
-        return -sum_event(_log_interval((edges[0] - denoised) / ratio, (edges[1] - denoised) / ratio))
-    d = math.prod(x.shape[1:])
-    error, excess = sum_event((noise - eps).square()), sum_event(eps.square()) - d
-    factor = control_factor(error, excess) if x.shape[0] >= 16 else 1.0
-    return 0.5 * (error - factor * excess) + d * (0.5 * math.log(2 * math.pi) + math.log(ratio))
+def _reconstruction(
+    noising: _Noising, t: Tensor, edges: tuple[Tensor, Tensor] | None, draws: int
+) -> tuple[Tensor, Tensor]:
+    """-log p(x_0|x_t) (B,), the mean of `draws`, and the estimated variance of it."""
+    log_snr, d = noising.model.sde.log_snr(t), noising.d
+    r = float(torch.exp(-0.5 * log_snr))
+    found = []
+    for _ in range(draws):
+        denoised, _, error, excess = noising(t)
+        if edges is not None:
+            found.append(-sum_event(_log_interval((edges[0] - denoised) / r, (edges[1] - denoised) / r)))
+        else:
+            found.append(0.5 * (error - d * gaussian_error(noising.model, log_snr).square() * excess))
+    raise_if_not_finite(found, [t] * draws)
+    values = torch.stack(found)
+    if edges is None:
+        values = values + d * (0.5 * math.log(2 * math.pi) + math.log(r))
+    return values.mean(0), variance_of_mean(values)
 
 
 def _log_interval(a: Tensor, b: Tensor) -> Tensor:
@@ -266,26 +263,3 @@ def _log_interval(a: Tensor, b: Tensor) -> Tensor:
     low, high = torch.where(flip, -b, a), torch.where(flip, -a, b)
     top = torch.special.log_ndtr(high)
     return top + torch.log(-torch.expm1(torch.special.log_ndtr(low) - top))
-
-
-def _prior(sde: Any, x: Tensor, t: float) -> Tensor:
-    """KL(N(alpha x_0, sigma^2 I) || N(0, prior_std^2 I)) at t, (B,)."""
-    ratio = (float(sde.alpha(t)) / sde.prior_std) ** 2, (float(sde.sigma(t)) / sde.prior_std) ** 2
-    d = math.prod(x.shape[1:])
-    return 0.5 * (ratio[0] * sum_event(x.double().square()) + d * (ratio[1] - 1 - math.log(ratio[1])))
-
-
-def _variance_of_mean(draws: Tensor) -> Tensor:
-    """Estimated variance of the mean over the first axis, (K, B) -> (B,)."""
-    return (draws - draws.mean(0)).square().sum(0) / (draws.shape[0] * (draws.shape[0] - 1))
-
-
-def _neighbours(terms: Tensor) -> Tensor:
-    """Variance of the sum over the first axis of independent terms (J, B): neighbours differ by noise and by a slope that
-    the examples share. NaN for one term or one example."""
-    count, n = terms.shape
-    if count < 2 or n < 2:
-        return torch.full((n,), torch.nan, dtype=torch.float64, device=terms.device)
-    noise = terms.diff(dim=0)
-    noise = noise - noise.mean(1, keepdim=True)
-    return 0.5 * noise.square().sum(0) * count / (count - 1) * n / (n - 1)

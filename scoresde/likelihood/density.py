@@ -24,7 +24,7 @@ from scoresde.grids import Grid
 from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
 from scoresde.likelihood.decoupled.refinement import Refined, mean_and_error, refined, retraced, tolerance_of
 from scoresde.likelihood.dequantization import warn_if_quantized
-from scoresde.likelihood.divergence import Divergence, Exact, default_divergence
+from scoresde.likelihood.divergence import Divergence, Exact, check_divergence, default_divergence
 from scoresde.likelihood.transport import Transport, transport
 from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, evaluating

@@ -336,6 +336,27 @@ def dequantizer(
     return choice
 
 
+def levels_of(model: ScoreModel, levels: int | None) -> int:
+    """The levels of the data: those given, the model's, or 256. `ValueError` where both are given and differ."""
+    if levels is None:
+        return 256 if model.levels is None else model.levels
+    checks.positive_int(levels, "levels")
+    if model.levels is not None and levels != model.levels:
+        raise ValueError(
+            f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data."
+        )
+    return levels
+
+
+def check_reach(k: Tensor, model: ScoreModel, levels: int | None) -> None:
+    """`ValueError` where neither `levels` nor the model says how many there are and integers k reach a quarter of 256 at most."""
+    if levels is None and model.levels is None and k.numel() and int(k.max()) < 64:
+        raise ValueError(
+            f"levels is not given and the model does not say; 256 is the default, but the data only reach {int(k.max())}. "
+            "Pass levels= (256 if these are dark 8-bit images)."
+        )
+
+
 def log_mean_weight(log_weights: Tensor) -> Tensor:
     """log((1/K) sum_j exp(log_weights_j)) over the first axis, (K, *) -> (*), with no rounding for K = 1."""
     if log_weights.shape[0] == 1:

@@ -13,6 +13,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,6 +192,12 @@ class HutchPlusPlus(Divergence):
 def default_divergence(d: int) -> Divergence:
     """`Exact()` up to 32 dimensions; beyond, two sign vectors with four orthogonal probes each, `Hadamard(8, 2)`."""
     return Exact() if d <= EXACT_UP_TO else Hadamard(8, 2)
+
+
+def check_divergence(divergence: Any) -> None:
+    """`TypeError` unless it is None or an instance of a `Divergence`."""
+    if divergence is not None and not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {divergence!r}.")
 
 
 class _Graph:

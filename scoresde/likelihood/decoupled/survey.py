@@ -22,7 +22,7 @@ from scoresde.latents import decode
 from scoresde.likelihood.decoupled.quadrature import FlowTrajectory, LikelihoodPlan, legendre
 from scoresde.likelihood.decoupled.refinement import default_plan, tolerance_of
 from scoresde.likelihood.decoupled.trajectory import AngleWarp, gauss_legendre
-from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson, Walk, default_divergence
+from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson, Walk, check_divergence, default_divergence
 from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
@@ -66,8 +66,7 @@ def plan_likelihood(
     require_model(model)
     for name, value in (("rtol", rtol), ("atol", atol)):
         checks.positive(value, name)
-    if divergence is not None and not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {divergence!r}.")
+    check_divergence(divergence)
     if x is None and cond is not None:
         raise ValueError("with cond= the survey needs examples that belong to it: pass x.")
     if x is None:
