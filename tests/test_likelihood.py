@@ -24,7 +24,15 @@ from scoresde import (
     log_prob,
     sample,
 )
-from scoresde.likelihood import default_divergence, dequantize, quantize
+from scoresde.likelihood import (
+    AngleWarp,
+    HutchPlusPlus,
+    LikelihoodPlan,
+    bits_from_nats,
+    default_divergence,
+    dequantize,
+    quantize,
+)
 from scoresde.ode import MAX_NFE, OK
 from scoresde.rng import RandomSource, derive, spawn
 
@@ -356,13 +364,12 @@ def test_bits_per_dim_does_not_depend_on_the_batch_size(image16, pixels):
 
 
 def test_bits_per_dim_of_a_loader(image16, pixels):
-    """A loader of batches, of tuples, a generator and an array give what the tensor gives."""
+    """A loader of batches, of single-entry tuples, a generator and an array give what the tensor gives."""
     model = image16.diffuse(VPSDE())
     options = dict(seed=1, rtol=1e-2, atol=1e-2)
     expected = bits_per_dim(model, pixels, **options).per_example
-    labels = torch.arange(12)
     loaders = (
-        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels, labels), batch_size=5),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels), batch_size=5),
         [pixels[:5], pixels[5:]],
         (p for p in pixels.split(7)),
         pixels.numpy(),
@@ -372,7 +379,42 @@ def test_bits_per_dim_of_a_loader(image16, pixels):
         got = bits_per_dim(model, loader, **options).per_example
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="cond"):
-        bits_per_dim(model, [pixels], cond=labels)
+        bits_per_dim(model, [pixels], cond=torch.arange(12))
+
+
+def test_labels_of_a_loader_are_never_dropped_silently():
+    """(data, labels): the condition, or ignored, as `cond` says; refused where it says nothing, in a message with both."""
+
+    class Shift(nn.Module):
+        def forward(self, x, label, cond=None):
+            return 0.3 * x + (0.0 if cond is None else 0.5 * cond[:, None])
+
+    model = ScoreNet(Shift(), VPSDE(t_min=1e-3), "edm", levels=4)
+    k, labels = torch.tensor([[0, 1], [2, 3], [1, 1]]), torch.tensor([0.0, 1.0, -2.0])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(k, labels), batch_size=2)
+    options = dict(seed=3, rtol=1e-2, atol=1e-2)
+    conditional = bits_per_dim(model, loader, cond="loader", **options).per_example
+    expected = bits_per_dim(model, k, cond=labels, **options).per_example
+    torch.testing.assert_close(conditional, expected, rtol=0, atol=1e-5)
+    ignored = bits_per_dim(model, loader, cond="ignore", **options).per_example
+    torch.testing.assert_close(ignored, bits_per_dim(model, k, **options).per_example, rtol=0, atol=1e-5)
+    assert float((conditional - ignored).abs().max()) > 0.05
+    with pytest.raises(ValueError, match=r'2 entries.*cond="loader".*cond="ignore"'):
+        bits_per_dim(model, loader, **options)
+    for batches, cond in (
+        ([(k,)], "loader"),
+        ([(k, labels, labels)], "loader"),
+        ([k], "loader"),
+        ([k], "labels"),
+        ([k], labels),
+    ):
+        with pytest.raises(ValueError, match="cond"):
+            bits_per_dim(model, batches, cond=cond, **options)
+    for cond in ("loader", "ignore"):
+        with pytest.raises(ValueError, match="goes with a loader"):
+            bits_per_dim(model, k, cond=cond, **options)
+    with pytest.raises(ValueError, match="one row per example"):
+        bits_per_dim(model, [(k, labels[:2])], cond="loader", **options)
 
 
 def test_levels_of_the_model():
@@ -624,3 +666,40 @@ def test_return_log_prob_from_another_start(sde, ring8):
     torch.testing.assert_close(value, model.log_prob(x, sde.t_min), rtol=0, atol=2e-3)
     with pytest.raises(ValueError, match="not known"):
         sample(model, (2, 2), method="ode", grid=[0.5, sde.t_min], x_init=torch.zeros(2, 2), return_log_prob=True)
+
+
+def test_options_of_the_wrong_kind():
+    """Numbers, names and classes where something else belongs: refused at once, and named."""
+    model = GaussianMixture.isotropic([[0.0, 0.0]], 0.5).diffuse(VPSDE())
+    x, k = torch.zeros(2, 2, dtype=torch.float64), torch.tensor([[0, 255], [3, 4]])
+    warp = AngleWarp(0.1, 0.1)
+    for error, match, call in (
+        (TypeError, "differentiable", lambda: log_prob(model, x, differentiable=1)),
+        (TypeError, "divergence", lambda: log_prob(model, x, divergence=Exact)),
+        (TypeError, "divergence", lambda: bits_per_dim(model, k, divergence=Exact)),
+        (TypeError, "divergence", lambda: bits_per_dim(model, k, divergence="exact")),
+        (TypeError, "plan", lambda: bits_per_dim(model, k, plan=3)),
+        (TypeError, "data must be integers", lambda: bits_per_dim(model, 3)),
+        (TypeError, "data must be integers", lambda: bits_per_dim(model, None)),
+        (ValueError, "levels must be", lambda: bits_per_dim(model, k, levels=10**20)),
+        (ValueError, "value_range", lambda: bits_per_dim(model, k, value_range=(0.0, math.inf))),
+        (TypeError, "probes", lambda: Hutchinson(True)),
+        (ValueError, "probes", lambda: Hutchinson(0)),
+        (TypeError, "probes", lambda: HutchPlusPlus(1.5)),
+        (TypeError, "nodes", lambda: LikelihoodPlan(warp, True, warp, 4)),
+        (ValueError, "nodes must be at least 2 and at most", lambda: LikelihoodPlan(warp, 10**6, warp, 4)),
+        (TypeError, "AngleWarp", lambda: LikelihoodPlan(1, 4, warp, 4)),
+        (TypeError, "quadrature_error", lambda: LikelihoodPlan(warp, 4, warp, 4, "small")),
+        (TypeError, "levels", lambda: quantize(x, 1.5, (-1.0, 1.0))),
+        (ValueError, "value_range", lambda: dequantize(k, 256, (1.0, 1.0), torch.rand(2, 2))),
+        (ValueError, "d must be", lambda: bits_from_nats(x[:, 0], 0, 256, (-1.0, 1.0))),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_tolerances_beyond_float64_end():
+    """1e-300 asks for no more points than float64 has digits for."""
+    mixture = GaussianMixture.isotropic([[0.0, 0.0]], 0.5)
+    got = log_prob(mixture.diffuse(VPSDE()), mixture.sample(1, seed=0), rtol=1e-300, atol=1e-300)
+    assert int(got.nfe) < 5000

@@ -26,6 +26,7 @@ from scoresde.likelihood.decoupled.survey import plan_likelihood
 from scoresde.likelihood.density import METHODS, log_prob
 from scoresde.likelihood.dequantization import (
     Dequantizer,
+    check_levels,
     check_reach,
     dequantizer,
     levels_of,
@@ -65,8 +66,9 @@ class BitsPerDim:
 
 def bits_from_nats(log_prob: Tensor, d: int, levels: int, value_range: tuple[float, float]) -> Tensor:
     """Bits/dim of dequantized data from their log density in nats: the scaling's Jacobian, the sign and the units."""
-    low, high = value_range
-    return -(log_prob + d * math.log((high - low) / levels)) / (d * math.log(2))
+    checks.positive_int(d, "d")
+    low, high = pair(value_range)
+    return -(log_prob + d * math.log((high - low) / check_levels(levels))) / (d * math.log(2))
 
 
 def bits_per_dim(
@@ -294,6 +296,8 @@ def _batches(data: Any, cond: Any, size: int, levels: int) -> Iterator[tuple[Ten
             f"cond goes with a tensor of data; a loader would not say which rows it belongs to. Let it give (data, condition) and "
             f'pass cond="{LOADER}".'
         )
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be integers (N, ...) or a loader of such batches, got {type(data).__name__}.")
     for batch in data:
         k, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
         if len(rest) != (asked == LOADER) and asked != IGNORE:

@@ -123,6 +123,8 @@ def ddpm_bound(
     check_input(model, x, cond, "data")
     if edges is None:
         warn_if_quantized(x, "ddpm_bound")
+    if grid is not None and not callable(grid):
+        raise TypeError(f"grid must be a function such as scoresde.grids.karras, or grids.given(times), got {grid!r}.")
     times = (grids.uniform_log_snr if grid is None else grid)(model.sde, steps)
     _check_times(times, steps, model.sde)
     noising = _Noising(model, x, RandomSource(seed, x.device, x.shape[0], salt=4), cond)

@@ -102,6 +102,8 @@ def log_prob(
     checks.choice(method, METHODS, "method of solution")
     if stderr is not None:
         checks.positive(stderr, "stderr")
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"differentiable must be True or False, got {differentiable!r}.")
     if method != "decoupled" and (stderr is not None or differentiable or plan is not None):
         raise ValueError(f'stderr=, differentiable= and plan= are for method="decoupled", got method={method!r}.')
     if differentiable and stderr is not None:

@@ -17,9 +17,10 @@ normals of standard deviation sigma(t_min): truncated normal, where uniform woul
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from scoresde.rng import RandomSource, Seed
 from scoresde.sde import sum_event
 
 DEQUANTIZATIONS = ("uniform", "truncated-normal")  # those without parameters, which go by a name
+MOST_LEVELS = 2**24
 ENTRIES_OF_DATA = 16  # examples of fewer entries may well be the points of a plot's mesh
 LOG_SCALES = (-8.0, 0.5)  # of the learned flow: from a spike to a density that grows like u^-0.4 towards the ends
 SALT = 5  # dequantization noise must not repeat the noise that data or samples were drawn from with the same seed
@@ -41,13 +43,15 @@ _TINY = 2.0**-53
 
 def dequantize(k: Tensor, levels: int, value_range: tuple[float, float], u: Tensor) -> Tensor:
     """x = low + (high - low)(k + u) / levels for integers k and u in [0, 1), in u's dtype."""
-    low, high = value_range
+    check_levels(levels)
+    low, high = pair(value_range)
     return low + (high - low) * (k.to(u.dtype) + u) / levels
 
 
 def quantize(x: Tensor, levels: int, value_range: tuple[float, float]) -> Tensor:
     """The level 0..levels-1 (int64) whose interval holds x; values beyond the range get the outermost level."""
-    low, high = value_range
+    check_levels(levels)
+    low, high = pair(value_range)
     return torch.floor((x - low) / (high - low) * levels).clamp(0, levels - 1).long()
 
 
@@ -67,11 +71,11 @@ class Dequantizer(ABC):
         `source`: random numbers, advanced by the draw, or a seed (one int per example is honoured).
         """
 
-    def _configure(self, levels: int, value_range: Any) -> None:
-        if checks.positive_int(levels, "levels") < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}.")
-        self.levels = int(levels)
-        self.value_range = pair(value_range)
+    def _configure(self, levels: int, value_range: Any, dtype: torch.dtype) -> None:
+        self.levels, self.value_range = check_levels(levels), pair(value_range)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch dtype, which the points are given, got {dtype!r}.")
+        self.dtype = dtype
 
     @property
     def width(self) -> float:
@@ -90,8 +94,7 @@ class UniformDequantizer(Dequantizer):
     """
 
     def __init__(self, levels: int, value_range: Any = (-1.0, 1.0), *, dtype: torch.dtype = torch.float32):
-        self._configure(levels, value_range)
-        self.dtype = dtype
+        self._configure(levels, value_range, dtype)
 
     def draw(self, data: Tensor, source: RandomSource | Seed = None) -> tuple[Tensor, Tensor]:
         data, source = prepared(data, source, self.levels)
@@ -121,9 +124,8 @@ class TruncatedNormalDequantizer(Dequantizer):
         scale: float = 1.0,
         dtype: torch.dtype = torch.float32,
     ):
-        self._configure(levels, value_range)
+        self._configure(levels, value_range, dtype)
         self.std, self.scale = checks.positive(std, "std"), checks.positive(scale, "scale")
-        self.dtype = dtype
 
     def draw(self, data: Tensor, source: RandomSource | Seed = None) -> tuple[Tensor, Tensor]:
         data, source = prepared(data, source, self.levels)
@@ -163,11 +165,12 @@ class VariationalDequantizer(Dequantizer, nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         nn.Module.__init__(self)
-        self._configure(levels, value_range)
+        self._configure(levels, value_range, dtype)
+        if not isinstance(event_shape, Sequence):
+            raise TypeError(f"event_shape must be the shape of one example, such as (1, 28, 28), got {event_shape!r}.")
         self.event_shape = tuple(checks.positive_int(n, "every entry of event_shape") for n in event_shape)
         if not self.event_shape:
             raise ValueError("event_shape must have at least one axis, got ().")
-        self.dtype = dtype
         wide = checks.positive_int(width_net, "width_net")
         image = len(self.event_shape) == 3
         size = self.event_shape[0] if image else math.prod(self.event_shape)
@@ -177,7 +180,7 @@ class VariationalDequantizer(Dequantizer, nn.Module):
             nn.utils.skip_init(nn.Conv2d, wide, 2 * size, 1) if image else nn.utils.skip_init(nn.Linear, wide, 2 * size)
         )
         self.net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(operator.index(seed))
         with torch.no_grad():
             for p in self.net.parameters():
                 p.zero_()
@@ -290,13 +293,13 @@ def prepared(data: Tensor, source: RandomSource | Seed, levels: int) -> tuple[Te
 
 
 def pair(value_range: Any) -> tuple[float, float]:
-    """(low, high) as floats; `ValueError` unless low < high."""
+    """(low, high) as floats; `ValueError` unless both are finite and low < high."""
     try:
         low, high = (float(v) for v in value_range)
     except (TypeError, ValueError) as e:
         raise ValueError(f"value_range must be a pair (low, high), got {value_range!r}.") from e
-    if not low < high:
-        raise ValueError(f"value_range must be (low, high) with low < high, got ({low}, {high}).")
+    if not (low < high and math.isfinite(high - low)):
+        raise ValueError(f"value_range must be (low, high), finite and low < high, got ({low}, {high}).")
     return low, high
 
 
@@ -336,11 +339,20 @@ def dequantizer(
     return choice
 
 
+def check_levels(levels: int) -> int:
+    """`levels`; `TypeError` unless an integer, `ValueError` below 2 or above `MOST_LEVELS`."""
+    if not 2 <= checks.positive_int(levels, "levels") <= MOST_LEVELS:
+        raise ValueError(
+            f"levels must be at least 2 and at most 2^24, whose intervals float32 still tells apart, got {levels}."
+        )
+    return int(levels)
+
+
 def levels_of(model: ScoreModel, levels: int | None) -> int:
     """The levels of the data: those given, the model's, or 256. `ValueError` where both are given and differ."""
     if levels is None:
         return 256 if model.levels is None else model.levels
-    checks.positive_int(levels, "levels")
+    check_levels(levels)
     if model.levels is not None and levels != model.levels:
         raise ValueError(
             f"the model was made for data of {model.levels} levels, got levels={levels}; pass its own data."
@@ -372,6 +384,7 @@ def looks_quantized(x: Any, *, max_levels: int = 1024) -> int | None:
     channel. A density fitted to such data has no upper bound, and its bits/dim mean nothing without dequantization.
     """
     checks.batch(x)
+    checks.positive_int(max_levels, "max_levels")
     x = x.detach()
     if x.dim() > 2 and 1 < x.shape[1] <= 16:
         whole = _grid_points(x.flatten()[:65536], max_levels)

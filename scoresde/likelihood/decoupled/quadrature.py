@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import functools
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from scoresde.rng import RandomSource
 from scoresde.sde import sum_event
 
 SMALL = 0.125  # nats per sqrt(d) of correction up to which its error is taken for the mismatch's share of it
+LARGEST = 5000  # nodes or points: their matrices grow with the square
 RUNAWAY = 1e4  # a slope of this size, where states have unit variance, is the solver's doing
 
 
@@ -61,10 +63,12 @@ class LikelihoodPlan:
     def __post_init__(self) -> None:
         for name in ("stretch", "measure"):
             if not isinstance(getattr(self, name), AngleWarp):
-                raise TypeError(f"{name} must be a AngleWarp(a, b), got {getattr(self, name)!r}.")
+                raise TypeError(f"{name} must be an AngleWarp(a, b), got {getattr(self, name)!r}.")
         for name in ("nodes", "points"):
-            if checks.positive_int(getattr(self, name), name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
+            if not 2 <= checks.positive_int(getattr(self, name), name) <= LARGEST:
+                raise ValueError(f"{name} must be at least 2 and at most {LARGEST}, got {getattr(self, name)}.")
+        if isinstance(self.quadrature_error, bool) or not isinstance(self.quadrature_error, numbers.Real):
+            raise TypeError(f"quadrature_error must be a number of nats, or NaN, got {self.quadrature_error!r}.")
 
     @property
     def nfe(self) -> int:
@@ -72,10 +76,9 @@ class LikelihoodPlan:
         return evaluations(self.nodes) + self.points
 
     def finer(self, nodes: float, points: float) -> LikelihoodPlan:
-        """That many times as many of each."""
-        return LikelihoodPlan(
-            self.stretch, math.ceil(nodes * self.nodes), self.measure, math.ceil(points * self.points)
-        )
+        """That many times as many of each, as far as a plan goes."""
+        nodes, points = (min(math.ceil(v), LARGEST) for v in (nodes * self.nodes, points * self.points))
+        return LikelihoodPlan(self.stretch, nodes, self.measure, points)
 
 
 class FlowTrajectory:

@@ -26,6 +26,7 @@ from scoresde.rng import Streams
 
 LARGE = 8192  # entries of a batch from which derivatives are taken in parts
 NATS = 10.0
+DIGITS = 14.0  # more decimals than float64 sums of so many terms have
 PASSES = 4  # few, because a pass of few examples costs almost as much as one of many
 GROWTH = 2.25
 BLUR = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
@@ -75,7 +76,7 @@ def default_plan(model: ScoreModel, tolerance: float, exact: bool) -> Likelihood
     mixtures and on a learned network in 2D). An estimated trace costs many products a point and has noise that hides
     small errors: the points are few, the nodes many.
     """
-    stretch, digits = AngleWarp(*model.flow_scales), max(1.0, -math.log10(tolerance))
+    stretch, digits = AngleWarp(*model.flow_scales), min(max(1.0, -math.log10(tolerance)), DIGITS)
     if not exact:
         return LikelihoodPlan(stretch, NODES, MEASURE, 24)
     smooth = model.flow_mismatch < 0.05
