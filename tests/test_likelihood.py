@@ -1,5 +1,6 @@
 """Log densities by the probability flow, their estimators, and bits/dim, against closed forms."""
 
+import copy
 import math
 import warnings
 
@@ -33,6 +34,7 @@ from scoresde.likelihood import (
     dequantize,
     quantize,
 )
+from scoresde.nets import MLP
 from scoresde.ode import MAX_NFE, OK
 from scoresde.rng import RandomSource, derive, spawn
 
@@ -703,3 +705,27 @@ def test_tolerances_beyond_float64_end():
     mixture = GaussianMixture.isotropic([[0.0, 0.0]], 0.5)
     got = log_prob(mixture.diffuse(VPSDE()), mixture.sample(1, seed=0), rtol=1e-300, atol=1e-300)
     assert int(got.nfe) < 5000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_low_precision_network_leaves_is_said(dtype):
+    """Its log densities beside those of the same weights in float64: within the error it reports, and a warning says so once."""
+    torch.manual_seed(0)
+    net = MLP(4, width=32, depth=2)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    low = ScoreNet(net.to(dtype), VPSDE(), "edm", sigma_data=0.7)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    options = dict(rtol=3e-5, atol=3e-5)
+    with pytest.warns(UserWarning, match=f"computes in {dtype}.*float32") as said:
+        got = log_prob(low, x, **options)
+    assert len(said) == 1
+    exact = ScoreNet(copy.deepcopy(net).double(), VPSDE(), "edm", sigma_data=0.7)
+    error = got.value - log_prob(exact, x.double(), **options).value
+    assert float(got.trajectory_error.min()) >= 2 * torch.finfo(dtype).eps
+    assert 1e-5 < float(error.square().mean().sqrt()) < float(got.trajectory_error.mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_prob(low, x, rtol=1e-2, atol=1e-2)  # no more than the tolerance
+        log_prob(ScoreNet(copy.deepcopy(net).float(), VPSDE(), "edm"), x, rtol=1e-2, atol=1e-2)

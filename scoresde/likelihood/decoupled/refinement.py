@@ -221,6 +221,15 @@ def _floor(model: ScoreModel, x: Tensor) -> float:
     return 50 * math.sqrt(eps)
 
 
+def rounding_error(model: ScoreModel, x: Tensor) -> float:
+    """Nats that a network in less than float32 leaves in a log density of x (B, *), eps sqrt(d); 0 for other networks.
+
+    Networks of 2 to 256 dimensions in bfloat16 and float16 left a fifth to four fifths of it, rms, beside their float64 copies.
+    """
+    eps = torch.finfo(network_dtype(model, x)).eps
+    return eps * math.sqrt(math.prod(x.shape[1:])) if eps > torch.finfo(torch.float32).eps else 0.0
+
+
 def mean_and_error(estimates: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """Mean (B,) of independent estimates (B, k) and its standard error: 0 for exact ones, NaN for a single one."""
     mean, k = estimates.mean(1), estimates.shape[1]
