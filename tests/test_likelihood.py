@@ -338,6 +338,13 @@ def test_bits_per_dim_by_the_formula(image16, pixels):
     assert got.nfe > 10
 
 
+def test_bits_from_nats_by_hand():
+    """Uniform density 1/2 on [-1, 1) in each of 3 dimensions: 8 levels cost 3 bits each, whatever the scale."""
+    for low, high in ((-1.0, 1.0), (0.0, 255.0)):
+        nats = torch.tensor([-3 * math.log(high - low)], dtype=torch.float64)
+        assert float(bits_from_nats(nats, 3, 8, (low, high))) == pytest.approx(3.0, abs=1e-12)
+
+
 def test_bits_per_dim_bounds_the_true_code_length():
     """In 1D the probability of a level is an integral of the density: the bound holds and is nearly tight."""
     mixture = GaussianMixture.isotropic([[-0.4], [0.3]], 0.2)

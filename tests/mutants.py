@@ -1,0 +1,290 @@
+"""Plausible mistakes, one at a time, and the tests that have to notice: `make mutants`.
+
+Every mutant replaces one piece of text, which must occur exactly once, in a copy of the package, and runs the tests named with it
+there; the working tree is not touched. A mutant that no test notices survives. Before the first one all named tests have to pass
+on the copy as it is. Exit code 1 for a survivor, a text that is not found once, or tests that fail without a mutant.
+
+    python tests/mutants.py [WORD ...]      only mutants whose file, text or tests hold one of the words
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300  # seconds after which a mutant that hangs its tests counts as noticed
+
+
+class Mutant(NamedTuple):
+    """`old` becomes `new` in scoresde/`file`; `tests`, test ids below tests/, with spaces between."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def of(file: str, tests: str, *pairs: tuple[str, str]) -> list[Mutant]:
+    """Mutants of one file that the same tests notice."""
+    return [Mutant(file, old, new, tests) for old, new in pairs]
+
+
+ELBO = "test_elbo.py::test_the_exact_bound_of_a_gaussian_with_a_large_prior_term"
+SPREAD = "test_elbo.py::test_standard_errors_are_calibrated"
+CONTROL = "test_elbo.py::test_the_control_variates_are_unbiased_and_help"
+TERMS = "test_ddpm_bound.py::test_every_term_of_a_gaussian"
+INTEGERS = "test_ddpm_bound.py::test_the_decoder_of_integers"
+CURVE = "test_decoupled.py::test_any_curve_gives_the_value"
+FINE = "test_decoupled.py::test_density_at_a_tight_tolerance"
+LEARNED = "test_dequantization.py::test_points_lie_in_their_intervals_and_have_the_stated_density"
+
+MUTANTS = [
+    # the continuous bound: every term, the control variates, the standard error
+    *of(
+        "likelihood/variational.py",
+        ELBO,
+        ("+ decoder + prior_kl(sde, x, sde.t_max))", "+ decoder)"),
+        ("+ decoder + prior_kl(sde, x, sde.t_max))", "+ decoder + 10 * prior_kl(sde, x, sde.t_max))"),
+        ("(total(ratio, weights) + decoder", "(total(ratio, weights) - decoder"),
+        ("0.5 * d * width", "d * width"),
+        ("2 * math.pi * math.e) - high", "2 * math.pi * math.e) + high"),
+        ("(signal * sum_event", "(2 * signal * sum_event"),
+        ("(noise - 1 - math.log(noise))", "(noise - 1 + math.log(noise))"),
+        ("(float(v) / sde.prior_std) ** 2", "(float(v) / sde.prior_std)"),
+        ("width * (j // together + u)", "width * (j // together + 0.9 * u)"),
+    ),
+    *of(
+        "likelihood/variational.py",
+        CONTROL,
+        ("- factor[:, None] * excess", "+ factor[:, None] * excess"),
+        ("- factor[:, None] * excess", ""),
+        ("control_factor(0.5 * (after + before),", "control_factor(mean,"),
+        ("reshape(parts, together, n) / d", "reshape(parts, together, n)"),
+    ),
+    *of(
+        "likelihood/variational.py",
+        "test_elbo.py::test_the_place_within_a_stratum_is_controlled",
+        ("- 0.5 * (after - before)[:, None] * place", "+ 0.5 * (after - before)[:, None] * place"),
+        ("- 0.5 * (after - before)[:, None] * place", ""),
+    ),
+    *of(
+        "likelihood/variational.py",
+        SPREAD,
+        ("/ (k * (k - 1))", "/ k"),
+        ("(weights.square()[:, None] * variance_of_mean", "(weights[:, None] * variance_of_mean"),
+        ("variance_of_total(ratio, weights).sqrt()", "variance_of_total(ratio, weights)"),
+    ),
+    *of(
+        "likelihood/variational.py",
+        "test_elbo.py::test_standard_errors_of_small_batches_are_calibrated",
+        ("math.comb(2 * order, order)", "2**order"),
+    ),
+    *of(
+        "likelihood/variational.py",
+        "test_elbo.py::test_nan_from_the_network_is_named",
+        ("    if bool(bad.any()):\n        draw", "    if False:\n        draw"),
+    ),
+    # the bound of finitely many steps
+    *of(
+        "likelihood/ddpm.py",
+        TERMS,
+        ("torch.expm1(lam.diff())", "torch.exp(lam.diff())"),
+        ("0.5 * d * rho * torch.expm1", "d * rho * torch.expm1"),
+        ("(0.5 * rho * lam.exp().diff())", "(rho * lam.exp().diff())"),
+        ("(rho - 1 - rho.log())", "(rho - 1 + rho.log())"),
+        ("(sde.sigma(times[1:]) / sde.sigma(times[:-1])).square()", "(sde.sigma(times[1:]) / sde.sigma(times[:-1]))"),
+        ("+ math.log(r))", "- math.log(r))"),
+        ("0.5 * (error - d * gaussian_error", "(error - d * gaussian_error"),
+        ("prior_kl(model.sde, x, float(times[0]))", "prior_kl(model.sde, x, float(times[1]))"),
+        ("-(prior + diffusion + reconstruction)", "-(diffusion + reconstruction)"),
+    ),
+    *of(
+        "likelihood/ddpm.py",
+        "test_ddpm_bound.py::test_subsampled_steps_are_unbiased",
+        ("share = (last - first) / weight", "share = 1 / weight"),
+        ("(last - first)).long()", "(last - first - 1)).long()"),
+    ),
+    *of(
+        "likelihood/ddpm.py",
+        INTEGERS,
+        ("torch.where(k == 0, -torch.inf, low + width * k)", "low + width * k"),
+        ("flip = a + b > 0", "flip = a + b > 1e30"),
+        ("(edges[1] - denoised) / r))", "(edges[1] - denoised) / r**2))"),
+    ),
+    # log densities: signs, Jacobians, history
+    *of(
+        "likelihood/density.py",
+        "test_likelihood.py::test_exact_trace_at_a_tight_tolerance",
+        ("terminal_log_prob(found.latent) + found.change", "terminal_log_prob(found.latent) - found.change"),
+    ),
+    *of(
+        "likelihood/density.py",
+        "test_likelihood.py::test_probes_are_independent_of_the_noise_of_samples",
+        ("PROBES = 1  #", "PROBES = 0  #"),
+    ),
+    *of(
+        "likelihood/decoupled/quadrature.py",
+        CURVE,
+        ("self.d * math.log(large / small)", "self.d * math.log(small / large)"),
+        ("field.p[j] * self.d", "field.p[j]"),
+        ("-(state + f / math.tan(angle))", "(state + f / math.tan(angle))"),
+        ("(f - slope).double()", "(f + slope).double()"),
+        ("self.u = x / small", "self.u = x / large"),
+    ),
+    *of(
+        "likelihood/decoupled/quadrature.py",
+        "test_decoupled.py::test_rule_error_follows_the_error",
+        ("np.arange(points) + 0.5", "np.arange(points) + 5.0"),
+    ),
+    *of(
+        "likelihood/decoupled/trajectory.py",
+        "test_decoupled.py::test_stretch test_decoupled.py::test_grids",
+        ("return 0.5 * (1 + x * x)", "return (1 + x * x)"),
+        ("half * w / stretch.slope(theta)", "w / stretch.slope(theta)"),
+    ),
+    *of(
+        "likelihood/decoupled/trajectory.py",
+        "test_decoupled.py::test_order_of_the_trajectory",
+        ("implicit - order + 1 + i", "implicit - order + i"),
+        ("order = min(i, ORDER)", "order = min(i, 2)"),
+        ("_adams(order, 1)", "_adams(order, 0)"),
+    ),
+    *of(
+        "likelihood/decoupled/refinement.py",
+        "test_decoupled.py::test_reported_errors_are_those_observed",
+        ("estimates.std(1) / math.sqrt(k)", "estimates.std(1)"),
+    ),
+    *of(
+        "likelihood/decoupled/refinement.py",
+        "test_decoupled.py::test_density_at_the_default_tolerance",
+        ("NATS = 10.0", "NATS = 1e4"),
+    ),
+    # traces
+    *of(
+        "likelihood/divergence.py",
+        "test_divergence.py::test_exact test_divergence.py::test_unbiased_with_calibrated_errors",
+        ("flatten(1)[:, i].double())", "flatten(1)[:, 0].double())"),
+        ("torch.float32) < 0.5, -1.0", "torch.float32) < 0.4, -1.0"),
+        ("inside[:, None] + outside", "outside"),
+        ("- (flat[:, third:] @ basis.mT) @ basis", ""),
+        ("(self.replicates, self.rows)).mean(2)", "(self.replicates, self.rows)).sum(2)"),
+    ),
+    *of(
+        "likelihood/divergence.py",
+        "test_divergence.py::test_hadamard_rows",
+        ("for shift in (32, 16, 8, 4, 2, 1)", "for shift in (32, 16, 8, 4, 2)"),
+    ),
+    # integers: dequantization, units, Jacobian
+    *of(
+        "likelihood/dequantization.py",
+        LEARNED,
+        ("-(math.prod(data.shape[1:]) * math.log(self.width))", "(math.prod(data.shape[1:]) * math.log(self.width))"),
+        ("-sum_event(0.5 * z.square() + constant)", "-sum_event(0.5 * z.square() - constant)"),
+        ("_log_rho(y) - log_scale", "_log_rho(y) + log_scale"),
+        ("- log_scale - math.log(self.width)", "- log_scale"),
+        ("erfinv((2 * u - 1) * mass)", "erfinv(2 * u - 1)"),
+    ),
+    *of(
+        "likelihood/dequantization.py",
+        "test_dequantization.py::test_densities_add_over_entries_and_follow_the_scale",
+        ("* self.scale * self.std * mass)", "* self.std * mass)"),
+    ),
+    *of(
+        "likelihood/dequantization.py",
+        "test_dequantization.py::test_importance_weighting_tightens_monotonically",
+        (" - math.log(log_weights.shape[0])", ""),
+    ),
+    *of(
+        "likelihood/dequantization.py",
+        "test_likelihood.py::test_quantize_inverts_dequantize",
+        ("torch.floor((x - low)", "torch.round((x - low)"),
+        ("(k.to(u.dtype) + u) / levels", "(k.to(u.dtype) + u) / (levels - 1)"),
+    ),
+    *of(
+        "likelihood/bits.py",
+        "test_likelihood.py::test_bits_per_dim_by_the_formula",
+        ("transpose(0, 1)) / (d * math.log(2)))", "transpose(0, 1)) / d)"),
+        ("value - torch.cat([q for _, q in drawn])", "value + torch.cat([q for _, q in drawn])"),
+        ("values.std() / math.sqrt(n)", "values.std()"),
+        ("[derive(s, 1) for s in seeds]", "[derive(s, 2) for s in seeds]"),
+    ),
+    *of(
+        "likelihood/bits.py",
+        "test_likelihood.py::test_bits_from_nats_by_hand",
+        ("(log_prob + d * math.log(", "(log_prob - d * math.log("),
+        ("(d * math.log(2))\n\n\ndef bits_per_dim", "d\n\n\ndef bits_per_dim"),
+    ),
+    *of(
+        "likelihood/bits.py",
+        "test_dequantization.py::test_the_error_over_draws_is_calibrated",
+        ("(per_draw.var(1).sum() / draws).sqrt() / n", "per_draw.var(1).sum().sqrt() / n"),
+    ),
+]
+
+
+def run(folder: Path, tests: list[str]) -> tuple[bool, str]:
+    """Whether these tests pass in a copy, and the first that fails (or what pytest says instead)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {PATIENCE} s"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR")) and len(line.split()) > 1]
+    return done.returncode == 0, (failed or lines[-1:] or [f"exit code {done.returncode}"])[0]
+
+
+def copied(folder: Path) -> None:
+    """The package, its tests and their settings, in `folder`."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("scoresde", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose file, text or tests hold one of these")
+    words = parser.parse_args().words
+    chosen = [m for m in MUTANTS if not words or any(w in part for w in words for part in m)]
+    if not chosen:
+        print(f"no mutant holds {' or '.join(words)}")
+        return 1
+    begun, survived = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copied(folder)
+        where = {m: [f"tests/{test}" for test in m.tests.split()] for m in chosen}
+        passes, said = run(folder, sorted({test for tests in where.values() for test in tests}))
+        print(f"without a mutant: {'all pass' if passes else said}", flush=True)
+        if not passes:
+            return 1
+        for mutant in chosen:
+            path = folder / "scoresde" / mutant.file
+            text = path.read_text()
+            shown = f"{mutant.file}: {' '.join(mutant.old.split())!r} -> {' '.join(mutant.new.split())!r}"
+            if text.count(mutant.old) != 1:
+                print(f"not found once ({text.count(mutant.old)} times)  {shown}", flush=True)
+                survived += 1
+                continue
+            path.write_text(text.replace(mutant.old, mutant.new))
+            passes, said = run(folder, where[mutant])
+            path.write_text(text)
+            survived += passes
+            print(f"{'SURVIVED' if passes else 'killed'}  {shown}{'' if passes else '  by ' + said}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} killed in {time.monotonic() - begun:.0f} s")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
