@@ -131,35 +131,35 @@ def test_any_curve_gives_the_value(sde, name, request):
     plan = LikelihoodPlan(
         AngleWarp(*model.flow_scales), 10, AngleWarp(*model.trace_scales), 60 if name == "image16" else 120
     )
-    followed = FlowTrajectory(model, x, plan)
-    rule, trace, pull = followed.integrand(Exact(), RandomSource(0, "cpu", 8))
+    path = FlowTrajectory(model, x, plan)
+    rule, trace, correction = path.integrand(Exact(), RandomSource(0, "cpu", 8))
     weights = torch.from_numpy(rule.weights)
-    plain = model.terminal_log_prob(followed.latent) + followed.growth + weights @ trace[:, :, 0]
+    plain = model.terminal_log_prob(path.latent) + path.growth + weights @ trace[:, :, 0]
     truth = model.log_prob(x, sde.t_min)
-    corrected, uncorrected = (plain + weights @ pull - truth).abs(), (plain - truth).abs()
+    corrected, uncorrected = (plain + weights @ correction - truth).abs(), (plain - truth).abs()
     assert float(uncorrected.mean()) > 1e-3
     assert float(uncorrected.mean()) > 10 * float(corrected.mean())
     assert float(corrected.max()) < 1e-3
     assert float((uncorrected > 10 * corrected).double().mean()) > 0.8
-    whole = followed.integrate(Exact(), RandomSource(0, "cpu", 8))
-    torch.testing.assert_close(whole.change[:, 0] + model.terminal_log_prob(followed.latent), plain + weights @ pull)
+    whole = path.integrate(Exact(), RandomSource(0, "cpu", 8))
+    torch.testing.assert_close(whole.change[:, 0] + model.terminal_log_prob(path.latent), plain + weights @ correction)
 
 
 def test_the_curve_bends_the_value_without_its_correction(full3):
     """A curve moved away from the flow on purpose, by a bump in its slopes, still gives the value to second order in the bump."""
     sde = VPSDE()
     model, x = full3.diffuse(sde), full3.sample(8, seed=4)
-    followed = FlowTrajectory(
+    path = FlowTrajectory(
         model, x, LikelihoodPlan(AngleWarp(*model.flow_scales), 60, AngleWarp(*model.trace_scales), 160)
     )
     truth = model.log_prob(x, sde.t_min)
-    slopes = followed.curve.slopes.clone()
+    slopes = path.curve.slopes.clone()
     wave = torch.sin(torch.linspace(0, 6, 60, dtype=torch.float64))[:, None, None]
 
     def error(size):
-        followed.curve = dataclasses.replace(followed.curve, slopes=slopes + size * wave)
-        latent = followed.curve.end * float(followed.path.scale(1.0))
-        change = followed.integrate(Exact(), RandomSource(0, "cpu", 8)).change[:, 0]
+        path.curve = dataclasses.replace(path.curve, slopes=slopes + size * wave)
+        latent = path.curve.end * float(path.path.scale(1.0))
+        change = path.integrate(Exact(), RandomSource(0, "cpu", 8)).change[:, 0]
         return float((model.terminal_log_prob(latent) + change - truth).abs().mean())
 
     # an exact score: the identity is exact, not only to second order
@@ -344,16 +344,16 @@ def test_orthogonal_probes_pay_along_a_trajectory(image64):
     assert hadamard < 0.5 * hutchinson
 
 
-def test_probes_walk(image16):
-    """A place takes the rows after those of the last one, with the signs kept; after all of them the walk begins again."""
-    walk = Hadamard(4, 2).walk((3, 1, 4, 4), torch.float64, RandomSource(0, "cpu", 3))
-    places = [walk(i) for i in range(9)]
+def test_orthogonal_probes_follow_one_another(image16):
+    """A place takes the rows after those of the last one, with the signs kept; after all of them the sequence begins again."""
+    sequence = Hadamard(4, 2).probe_sequence((3, 1, 4, 4), torch.float64, RandomSource(0, "cpu", 3))
+    places = [sequence(i) for i in range(9)]
     assert places[0].shape == (3, 4, 1, 4, 4)
     rows = torch.stack(places[:8], 1).unflatten(2, (2, 2)).transpose(2, 3).flatten(1, 2)[:, :, 0].flatten(2)
     for one in rows:
         assert torch.equal(one @ one.T, 16 * torch.eye(16, dtype=torch.float64))
     assert torch.equal(places[8], places[0])
-    fresh = Hutchinson(2).walk((3, 4), torch.float64, RandomSource(0, "cpu", 3))
+    fresh = Hutchinson(2).probe_sequence((3, 4), torch.float64, RandomSource(0, "cpu", 3))
     assert not torch.equal(fresh(0), fresh(1))
 
 

@@ -113,14 +113,14 @@ def test_hadamard_rows(event):
 
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_all_hadamard_rows_give_the_trace(event):
-    """In one place, or a few at a time along a walk that visits them all: the sum has no error."""
+    """In one place, or a few at a time along a sequence of places that visits them all: the sum has no error."""
     d, size = math.prod(event), hadamard_size(event)
     full = torch.randn(d, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     traces = estimate(Hadamard(2 * size, 2), full, n=3, event=event)
     torch.testing.assert_close(traces, full.trace().expand(3, 2), rtol=1e-9, atol=1e-9)
     per_place = min(2, size)
-    walk = Hadamard(per_place, 1).walk((3, *event), torch.float64, RandomSource(0, "cpu", 3))
-    probes = torch.cat([walk(i) for i in range(size // per_place)], 1).flatten(2)
+    sequence = Hadamard(per_place, 1).probe_sequence((3, *event), torch.float64, RandomSource(0, "cpu", 3))
+    probes = torch.cat([sequence(i) for i in range(size // per_place)], 1).flatten(2)
     forms = torch.einsum("bki,ij,bkj->bk", probes, full, probes)
     torch.testing.assert_close(forms.mean(1), full.trace().expand(3), rtol=1e-9, atol=1e-9)
 

@@ -10,7 +10,7 @@ from scoresde import VPSDE, Exact, GaussianMixture, Hadamard, Hutchinson, ScoreN
 from scoresde.likelihood import LikelihoodPlan, plan_likelihood, quantize
 from scoresde.likelihood.decoupled.quadrature import FlowTrajectory
 from scoresde.likelihood.decoupled.refinement import default_plan
-from scoresde.likelihood.decoupled.survey import FINE, GOAL, MEASURES, POINTS, survey, typical
+from scoresde.likelihood.decoupled.survey import FINE, GOAL, MEASURES, POINTS, model_examples, survey
 from scoresde.rng import RandomSource, spawn
 
 
@@ -92,8 +92,8 @@ def test_what_a_survey_sees_is_what_rules_do(image16):
     """The errors that it interpolates for a candidate are those that the candidate makes on the same rows."""
     model, x = image16.diffuse(VPSDE()), image16.sample(3, seed=2)
     start = dataclasses.replace(default_plan(model, 1e-4, exact=True), measure=FINE[0], points=FINE[1])
-    followed = FlowTrajectory(model, x, start)
-    errors, _ = survey(followed, Exact(), RandomSource(0, "cpu", 3))
+    path = FlowTrajectory(model, x, start)
+    errors, _ = survey(path, Exact(), RandomSource(0, "cpu", 3))
     assert set(errors) == {(m, n) for m in MEASURES for n in POINTS}
     for candidate in ((MEASURES[4], 16), (MEASURES[11], 16), (MEASURES[0], 24)):
         plan = dataclasses.replace(start, measure=candidate[0], points=candidate[1])
@@ -109,8 +109,8 @@ def test_the_noise_that_a_survey_foresees(image16):
     _, noise = survey(FlowTrajectory(model, x, start), Hutchinson(64), RandomSource(0, "cpu", 1))
     candidate = (MEASURES[10], 24)
     plan = dataclasses.replace(start, measure=candidate[0], points=candidate[1])
-    followed = FlowTrajectory(model, x.expand(400, 1, 4, 4), plan)
-    change = followed.integrate(Hutchinson(1), RandomSource(spawn(0, 400), "cpu", 400)).change[:, 0]
+    path = FlowTrajectory(model, x.expand(400, 1, 4, 4), plan)
+    change = path.integrate(Hutchinson(1), RandomSource(spawn(0, 400), "cpu", 400)).change[:, 0]
     assert float(change.var()) == pytest.approx(noise[candidate], rel=0.35)
 
 
@@ -144,9 +144,9 @@ def test_typical_examples(image16, full3):
     """The model's own draws: of its shape, repeatable, with about the data's spread."""
     for mixture in (image16, full3):
         model = mixture.diffuse(VPSDE())
-        x = typical(model, 64, 0)
+        x = model_examples(model, 64, 0)
         assert x.shape == (64, *mixture.event_shape)
-        assert torch.equal(x, typical(model, 64, 0))
+        assert torch.equal(x, model_examples(model, 64, 0))
         truth = mixture.covariance.diagonal() + mixture.mean.flatten() ** 2
         assert float(x.square().mean()) == pytest.approx(float(truth.mean()), rel=0.4)
 
@@ -212,7 +212,7 @@ def test_a_model_that_cannot_draw_is_scored_without_a_survey(monkeypatch, image1
     pixels = torch.full((2, 1, 4, 4), 128)
     options = dict(levels=256, divergence=Hadamard(2, 2), rtol=1e-2, atol=1e-2)
     expected = bits_per_dim(model, pixels, plan=None, **options)
-    monkeypatch.setattr(plan, "typical", stiff)
+    monkeypatch.setattr(plan, "model_examples", stiff)
     with pytest.warns(UserWarning, match="no survey of the model"):
         got = bits_per_dim(model, pixels, **options)
     assert torch.equal(got.per_example, expected.per_example)

@@ -23,10 +23,10 @@ from scoresde import checks, conditions, ode
 from scoresde.grids import Grid
 from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
 from scoresde.likelihood.decoupled.refinement import (
-    Refined,
+    Refinement,
+    differentiable_change,
     mean_and_error,
-    refined,
-    retraced,
+    refine,
     rounding_error,
     tolerance_of,
 )
@@ -142,7 +142,7 @@ def log_prob(
     if method != "decoupled":
         return _rounded(_coupled(model, x, divergence, streams.source(), cond, method=method, **options), rounding)
     with evaluating(model):
-        found = refined(
+        found = refine(
             model,
             x,
             divergence,
@@ -153,7 +153,7 @@ def log_prob(
             plan=plan,
             cond=cond,
         )
-        result = _from_refined(model, found)
+        result = _from_refinement(model, found)
         if stderr is not None:
             short = ~(found.stderr <= stderr)
             if bool(short.any()):
@@ -168,13 +168,13 @@ def log_prob(
         if len(hard) and not differentiable:  # features too fine for common grids, or trajectories that ran away
             left = max_nfe - int(found.nfe[hard].max())
             if left > 0:
-                _take(result, hard, model, x, divergence, streams, cond, rtol=rtol, atol=atol, max_nfe=left)
+                _solve_adaptively(result, hard, model, x, divergence, streams, cond, rtol=rtol, atol=atol, max_nfe=left)
     if differentiable and x.shape[0]:
         if bool(lost.any()):
             rows = checks.rows_text(lost.nonzero().flatten().tolist())
             raise ValueError(f"rows {rows} have no value on a common grid that could be differentiated.")
         with evaluating(model, gradients=True):
-            change, result.latent = retraced(model, x, divergence, streams, found, cond)
+            change, result.latent = differentiable_change(model, x, divergence, streams, found, cond)
             result.value = model.terminal_log_prob(result.latent) + change
     return _rounded(result, rounding)
 
@@ -194,7 +194,7 @@ def _divergence(given: Divergence | None, d: int) -> Divergence:
     return chosen
 
 
-def _take(
+def _solve_adaptively(
     result: LogProb,
     rows: Tensor,
     model: ScoreModel,
@@ -214,15 +214,15 @@ def _take(
         getattr(result, name)[rows[better]] = getattr(found, name)[better]
 
 
-def _from_refined(model: ScoreModel, found: Refined) -> LogProb:
+def _from_refinement(model: ScoreModel, found: Refinement) -> LogProb:
     return LogProb(
         model.terminal_log_prob(found.latent) + found.change,
         found.stderr,
         found.latent,
         found.nfe,
         found.status,
-        found.trajectory,
-        found.quadrature,
+        found.trajectory_error,
+        found.quadrature_error,
     )
 
 

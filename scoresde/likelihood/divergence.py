@@ -22,7 +22,7 @@ from scoresde import checks
 from scoresde.rng import RandomSource
 
 Velocity = Callable[[Tensor], Tensor]
-Walk = Callable[[int], "Tensor | None"]
+ProbeSequence = Callable[[int], "Tensor | None"]
 
 
 EXACT_UP_TO = 32  # entries of an example up to which the exact trace is the default
@@ -35,7 +35,7 @@ class Divergence(ABC):
         """Random probes (B, k, *event) for a batch of the given shape (B, *event), or None if none are needed."""
         return None
 
-    def walk(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> Walk:
+    def probe_sequence(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> ProbeSequence:
         """Probes for each of many places along a trajectory, asked for in order 0, 1, ...: new ones at every place."""
         return lambda place: self.probes(shape, dtype, source)
 
@@ -110,8 +110,8 @@ class Hadamard(Divergence):
     first. With as many rows as the next powers of two of the axes the trace is exact.
 
     `probes` are split among `replicates` sign vectors; each replicate is one estimate, and the scatter of these independent
-    estimates gives the standard error (one replicate gives none). Along a trajectory (`walk`) the sign vectors stay and every
-    place takes the next rows: the errors of neighbouring places cancel too.
+    estimates gives the standard error (one replicate gives none). Along a trajectory (`probe_sequence`) the sign vectors stay and
+    every place takes the next rows: the errors of neighbouring places cancel too.
     """
 
     def __init__(self, probes: int = 8, replicates: int = 2):
@@ -122,9 +122,9 @@ class Hadamard(Divergence):
         self.rows = self.count // self.replicates
 
     def probes(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> Tensor:
-        return self.walk(shape, dtype, source)(0)
+        return self.probe_sequence(shape, dtype, source)(0)
 
-    def walk(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> Walk:
+    def probe_sequence(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> ProbeSequence:
         event = tuple(shape[1:])
         size = hadamard_size(event)
         if self.rows > size:

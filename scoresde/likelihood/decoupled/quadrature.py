@@ -107,7 +107,7 @@ class FlowTrajectory:
         _raise_if_broken(size, field, self.rows)
         self.ran_away = ~(size.amax(0) < RUNAWAY)  # (B,): on a grid too coarse for a stiff network
 
-    def part(self, rows: Tensor) -> FlowTrajectory:
+    def take_rows(self, rows: Tensor) -> FlowTrajectory:
         """The same trajectories, of the chosen examples only."""
         chosen = copy.copy(self)
         chosen.u, chosen.latent, chosen.cond = self.u[rows], self.latent[rows], conditions.take_rows(self.cond, rows)
@@ -120,15 +120,15 @@ class FlowTrajectory:
     ) -> Integral:
         """The log density's change along the curve, by plan.points evaluations with probes from `source`.
 
-        `first`: how many points earlier rounds have visited, so that a walk through orthogonal probes goes on where it was.
+        `first`: how many points earlier rounds have visited, so that a sequence of orthogonal probes goes on where it stopped.
         """
-        rule, trace, pull = self.integrand(divergence, source, first, differentiable)
+        rule, trace, correction = self.integrand(divergence, source, first, differentiable)
         weights = torch.from_numpy(rule.weights).to(self.u.device)
-        change = torch.tensordot(weights, trace, 1) + torch.tensordot(weights, pull, 1)[:, None]
-        defect = torch.tensordot(weights, pull.detach().abs(), 1)
+        change = torch.tensordot(weights, trace, 1) + torch.tensordot(weights, correction, 1)[:, None]
+        defect = torch.tensordot(weights, correction.detach().abs(), 1)
         quadrature = torch.full_like(defect, self.plan.quadrature_error)
         if isinstance(divergence, Exact):
-            quadrature = rule_error(trace[:, :, 0] + pull, rule, self.plan.measure)
+            quadrature = rule_error(trace[:, :, 0] + correction, rule, self.plan.measure)
         # a correction that is no small one has no small error either
         left = self.model.flow_mismatch * defect + (defect - SMALL * math.sqrt(self.d)).clamp_min(0)
         return Integral(change + self.growth, left, quadrature)
@@ -137,32 +137,32 @@ class FlowTrajectory:
         self, divergence: Divergence, source: RandomSource, first: int = 0, differentiable: bool = False
     ) -> tuple[QuadratureRule, Tensor, Tensor]:
         """The rule, and at its points (Q, B, k) estimates of tr df/du and (Q, B) the correction g . (f - U')."""
-        walk = divergence.walk(self.u.shape, self.u.dtype, source)
+        probes = divergence.probe_sequence(self.u.shape, self.u.dtype, source)
         rule = gauss_legendre(self.plan.measure, self.low, self.high, self.plan.points)
         places, rates = self.curve.at(rule.theta)
         field = Field(self.model, self.path, self.u, rule.theta, self.ends, self.cond)
-        traces, pulls, graph = [], [], {"differentiable": True} if differentiable else {}
+        traces, corrections, graph = [], [], {"differentiable": True} if differentiable else {}
         for j, angle in enumerate(rule.theta.tolist()):
             state = self.u + torch.tensordot(places[j], self.curve.slopes, 1)
             slope = torch.tensordot(rates[j], self.curve.slopes, 1)
-            moving, trace = divergence(functools.partial(field.moving, j=j), state, walk(first + j), **graph)
+            moving, trace = divergence(functools.partial(field.moving, j=j), state, probes(first + j), **graph)
             f = field.whole(state, moving, j)
             traces.append(field.p[j] * self.d + field.r[j] * trace)
             gradient = -(state + f / math.tan(angle))
-            pulls.append(sum_event(gradient.double() * (f - slope).double()))
-        trace, pull = torch.stack(traces), torch.stack(pulls)
-        _raise_if_broken(pull.detach().abs(), field, self.rows, self.ran_away)
-        return rule, trace, pull
+            corrections.append(sum_event(gradient.double() * (f - slope).double()))
+        trace, correction = torch.stack(traces), torch.stack(corrections)
+        _raise_if_broken(correction.detach().abs(), field, self.rows, self.ran_away)
+        return rule, trace, correction
 
 
 class Integral(NamedTuple):
-    """`change` (B, k), k estimates of log p(start) - log p(end) in nats; `trajectory` (B,), what the trajectory's error may have
-    left in it: the size of the correction times the model's `flow_mismatch`; `quadrature` (B,), the rule's own error, which only
-    exact traces show; the plan's for estimated ones, NaN where it has none."""
+    """`change` (B, k), k estimates of log p(start) - log p(end) in nats; `trajectory_error` (B,), what the trajectory's error may
+    have left in it: the size of the correction times the model's `flow_mismatch`; `quadrature_error` (B,), the rule's own error,
+    which only exact traces show; the plan's for estimated ones, NaN where it has none."""
 
     change: Tensor
-    trajectory: Tensor
-    quadrature: Tensor
+    trajectory_error: Tensor
+    quadrature_error: Tensor
 
 
 def rule_error(integrand: Tensor, rule: QuadratureRule, stretch: AngleWarp) -> Tensor:

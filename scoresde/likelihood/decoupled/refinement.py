@@ -24,27 +24,29 @@ from scoresde.models.base import ScoreModel
 from scoresde.models.prepared import network_dtype
 from scoresde.rng import Streams
 
-LARGE = 8192  # entries of a batch from which derivatives are taken in parts
-NATS = 10.0
+LARGE_BATCH = 8192  # entries of a batch from which derivatives are taken in parts
+NATS_PER_TOLERANCE = 10.0
 DIGITS = 14.0  # more decimals than float64 sums of so many terms have
-PASSES = 4  # few, because a pass of few examples costs almost as much as one of many
-GROWTH = 2.25
-BLUR = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
-MEASURE = AngleWarp(0.03, 0.3)  # of estimated traces: places them about evenly in what their probes' noise contributes
-NODES = 36  # of the trajectory, where each point of the quadrature costs many products
-LEAST = 6  # independent estimates of the trace before their scatter is believed
+MAX_PASSES = 4  # few, because a pass of few examples costs almost as much as one of many
+REFINEMENT_RATIO = 2.25
+SOLVER_TOLERANCE = 0.02  # nats per sqrt(d): solver errors below this are not refined where the trace is estimated
+TRACE_VARIABLE = AngleWarp(
+    0.03, 0.3
+)  # points of estimated traces are about even in what their probes' noise contributes
+TRAJECTORY_NODES = 36  # of the trajectory, where each point of the quadrature costs many products
+MIN_ESTIMATES = 6  # independent estimates of the trace before their scatter is believed
 
 
 @dataclass
-class Refined:
-    """Per example: `change` (B,), the mean estimate of log p(start) - log p(end); `stderr` of it from the trace; `trajectory` and
-    `quadrature`, what these two may have left in it, nats; `latent` (B, *); `nfe`; `status`; `level` (B,), which of `plans` it
-    ended with."""
+class Refinement:
+    """Per example: `change` (B,), the mean estimate of log p(start) - log p(end); `stderr` of it from the trace; `trajectory_error`
+    and `quadrature_error`, what these two may have left in it, nats; `latent` (B, *); `nfe`; `status`; `level` (B,), which of
+    `plans` it ended with."""
 
     change: Tensor
     stderr: Tensor
-    trajectory: Tensor
-    quadrature: Tensor
+    trajectory_error: Tensor
+    quadrature_error: Tensor
     latent: Tensor
     nfe: Tensor
     status: Tensor
@@ -52,7 +54,7 @@ class Refined:
     plans: list[LikelihoodPlan]
 
     @classmethod
-    def empty(cls, x: Tensor) -> Refined:
+    def empty(cls, x: Tensor) -> Refinement:
         """For the examples x (B, *), nothing known yet."""
         nan = torch.full((x.shape[0],), math.nan, dtype=torch.float64, device=x.device)
         whole = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
@@ -66,7 +68,7 @@ class Refined:
 
 def tolerance_of(rtol: float, atol: float) -> float:
     """The error in nats per example that tolerances of a solver stand for."""
-    return NATS * (rtol + atol)
+    return NATS_PER_TOLERANCE * (rtol + atol)
 
 
 def default_plan(model: ScoreModel, tolerance: float, exact: bool) -> LikelihoodPlan:
@@ -78,13 +80,13 @@ def default_plan(model: ScoreModel, tolerance: float, exact: bool) -> Likelihood
     """
     stretch, digits = AngleWarp(*model.flow_scales), min(max(1.0, -math.log10(tolerance)), DIGITS)
     if not exact:
-        return LikelihoodPlan(stretch, NODES, MEASURE, 24)
+        return LikelihoodPlan(stretch, TRAJECTORY_NODES, TRACE_VARIABLE, 24)
     smooth = model.flow_mismatch < 0.05
     points = round(12 + 9 * digits if smooth else 16 + 12 * digits)
     return LikelihoodPlan(stretch, round(0.8 * points) if smooth else points, AngleWarp(*model.trace_scales), points)
 
 
-def refined(
+def refine(
     model: ScoreModel,
     x: Tensor,
     divergence: Divergence,
@@ -95,40 +97,40 @@ def refined(
     max_nfe: int,
     plan: LikelihoodPlan | None,
     cond: Any,
-) -> Refined:
+) -> Refinement:
     """The change of log density along the flow of x (B, *), each example to `tolerance` nats, and to `stderr` where given.
 
-    With estimated traces the solver's own error is not held below `BLUR` sqrt(d) nats, or a third of `stderr`.
+    With estimated traces the solver's own error is not held below `SOLVER_TOLERANCE` sqrt(d) nats, or a third of `stderr`.
     """
     exact = isinstance(divergence, Exact)
-    floor, out = _floor(model, x), Refined.empty(x)
+    floor, out = _floor(model, x), Refinement.empty(x)
     if not x.shape[0]:
         return out
     rows = torch.arange(x.shape[0], device=x.device)
     before = torch.full_like(out.change, math.inf)
     goal = tolerance
     if not exact:
-        blur = BLUR * math.sqrt(x[0].numel())
-        goal = max(tolerance, blur if stderr is None else min(blur, stderr / 3))
+        hidden = SOLVER_TOLERANCE * math.sqrt(x[0].numel())
+        goal = max(tolerance, hidden if stderr is None else min(hidden, stderr / 3))
     whole = plan or default_plan(model, tolerance, exact)
-    here = _within(whole, max_nfe)
-    for level in range(PASSES):
+    here = _thinned(whole, max_nfe)
+    for level in range(MAX_PASSES):
         out.plans.append(here)
-        followed = FlowTrajectory(model, x[rows], here, conditions.take_rows(cond, rows), rows)
-        integral = _integral(followed, divergence, streams, rows, [level] if level else [])
+        path = FlowTrajectory(model, x[rows], here, conditions.take_rows(cond, rows), rows)
+        integral = _integral(path, divergence, streams, rows, [level] if level else [])
         mean, error = mean_and_error(integral.change, exact)
         out.nfe[rows] += here.nfe
-        out.put(rows, change=mean, stderr=error, latent=followed.latent, level=torch.full_like(rows, level))
-        out.put(rows, trajectory=integral.trajectory, quadrature=integral.quadrature)
-        solver = integral.trajectory + (integral.quadrature if exact else 0.0)
+        out.put(rows, change=mean, stderr=error, latent=path.latent, level=torch.full_like(rows, level))
+        out.put(rows, trajectory_error=integral.trajectory_error, quadrature_error=integral.quadrature_error)
+        solver = integral.trajectory_error + (integral.quadrature_error if exact else 0.0)
         stalled = (solver > 0.5 * before) & (solver < floor)  # rounding: more evaluations would not help
         if not exact and here.nfe < whole.nfe:  # what a thinner rule leaves cannot be seen in estimated traces
             out.status[rows] = ode.MAX_NFE
             return out
         failed = ~(torch.isfinite(mean) & ((solver <= goal) | stalled))
         if stderr is not None and not exact:
-            _more_rounds(out, followed, integral, rows, ~failed, divergence, streams, (level, stderr, max_nfe))
-        rows, before, here = rows[failed], solver[failed], here.finer(GROWTH, GROWTH)
+            _add_estimates(out, path, integral, rows, ~failed, divergence, streams, (level, stderr, max_nfe))
+        rows, before, here = rows[failed], solver[failed], here.finer(REFINEMENT_RATIO, REFINEMENT_RATIO)
         if not len(rows):
             return out
         if int(out.nfe[rows].max()) + here.nfe > max_nfe:
@@ -139,22 +141,22 @@ def refined(
 
 
 def _integral(
-    followed: FlowTrajectory, divergence: Divergence, streams: Streams, rows: Tensor, key: Sequence[int], **options: Any
+    path: FlowTrajectory, divergence: Divergence, streams: Streams, rows: Tensor, key: Sequence[int], **options: Any
 ) -> Integral:
-    """`followed.integrate`, an eighth of a large batch at a time: its graphs hold what a forward evaluation lets go."""
+    """`path.integrate`, an eighth of a large batch at a time: its graphs hold what a forward evaluation lets go."""
     n = len(rows)
-    if n * followed.d <= LARGE:
-        return followed.integrate(divergence, streams.source(rows, *key), **options)
+    if n * path.d <= LARGE_BATCH:
+        return path.integrate(divergence, streams.source(rows, *key), **options)
     found = []
     for i, part in enumerate(torch.arange(n, device=rows.device).split(math.ceil(n / 8))):
         source = streams.source(rows[part], *key, part=i)
-        found.append(followed.part(part).integrate(divergence, source, **options))
+        found.append(path.take_rows(part).integrate(divergence, source, **options))
     return Integral(*(torch.cat(values) for values in zip(*found, strict=True)))
 
 
-def _more_rounds(
-    out: Refined,
-    followed: FlowTrajectory,
+def _add_estimates(
+    out: Refinement,
+    path: FlowTrajectory,
     first: Integral,
     rows: Tensor,
     chosen: Tensor,
@@ -164,11 +166,11 @@ def _more_rounds(
 ) -> None:
     """Rounds of new probes along the same trajectories, until each of the chosen examples has its standard error.
 
-    The estimates are independent, so their scatter gives the error; a few can agree by accident, so `LEAST` are asked for, and
-    what they show is raised by the spread of such a scatter before it is compared.
+    The estimates are independent, so their scatter gives the error; a few can agree by accident, so `MIN_ESTIMATES` are asked for,
+    and what they show is raised by the spread of such a scatter before it is compared.
     """
     level, goal, max_nfe = limits
-    points = followed.plan.points
+    points = path.plan.points
     index = chosen.nonzero().squeeze(1)
     if not len(index):
         return
@@ -177,34 +179,40 @@ def _more_rounds(
         mean, error = mean_and_error(estimates, exact=False)
         out.put(rows[index], change=mean, stderr=error)
         k = estimates.shape[1]
-        short = ~(error * math.sqrt((k + 1) / max(k - 1, 1)) <= goal) if k >= LEAST else torch.ones_like(index).bool()
+        short = (
+            ~(error * math.sqrt((k + 1) / max(k - 1, 1)) <= goal)
+            if k >= MIN_ESTIMATES
+            else torch.ones_like(index).bool()
+        )
         within = out.nfe[rows[index]] + points <= max_nfe
         index, estimates = index[short & within], estimates[short & within]
         if not len(index):
             return
-        more = _integral(followed.part(index), divergence, streams, rows[index], [level, number], first=number * points)
+        more = _integral(
+            path.take_rows(index), divergence, streams, rows[index], [level, number], first=number * points
+        )
         estimates = torch.cat([estimates, more.change], 1)
         out.nfe[rows[index]] += points
 
 
-def retraced(
-    model: ScoreModel, x: Tensor, divergence: Divergence, streams: Streams, found: Refined, cond: Any
+def differentiable_change(
+    model: ScoreModel, x: Tensor, divergence: Divergence, streams: Streams, found: Refinement, cond: Any
 ) -> tuple[Tensor, Tensor]:
     """(change (B,), latent (B, *)) once more with the grids that `found` ended with, and with the graph to x and the parameters."""
     parts, latents, order = [], [], []
     for level, plan in enumerate(found.plans):
         rows = (found.level == level).nonzero().squeeze(1)
         if len(rows):
-            followed = FlowTrajectory(model, x[rows], plan, conditions.take_rows(cond, rows), rows)
-            integral = _integral(followed, divergence, streams, rows, [level] if level else [], differentiable=True)
+            path = FlowTrajectory(model, x[rows], plan, conditions.take_rows(cond, rows), rows)
+            integral = _integral(path, divergence, streams, rows, [level] if level else [], differentiable=True)
             parts.append(integral.change.mean(1))
-            latents.append(followed.latent)
+            latents.append(path.latent)
             order.append(rows)
     back = torch.cat(order).argsort()
     return torch.cat(parts)[back], torch.cat(latents)[back]
 
 
-def _within(plan: LikelihoodPlan, max_nfe: int) -> LikelihoodPlan:
+def _thinned(plan: LikelihoodPlan, max_nfe: int) -> LikelihoodPlan:
     """The plan, thinned to a budget of evaluations (four at least)."""
     share = 1.0
     thin = plan

@@ -22,7 +22,14 @@ from scoresde.latents import decode
 from scoresde.likelihood.decoupled.quadrature import FlowTrajectory, LikelihoodPlan, legendre
 from scoresde.likelihood.decoupled.refinement import default_plan, tolerance_of
 from scoresde.likelihood.decoupled.trajectory import AngleWarp, gauss_legendre
-from scoresde.likelihood.divergence import Divergence, Exact, Hutchinson, Walk, check_divergence, default_divergence
+from scoresde.likelihood.divergence import (
+    Divergence,
+    Exact,
+    Hutchinson,
+    ProbeSequence,
+    check_divergence,
+    default_divergence,
+)
 from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
@@ -30,16 +37,16 @@ from scoresde.rng import RandomSource, Seed
 MEASURES = [AngleWarp(a, b) for a in (0.003, 0.01, 0.03, 0.1) for b in (0.03, 0.1, 0.3, 1.0)]
 POINTS = (16, 20, 24, 28, 32, 40, 48, 56, 64)
 FINE = (AngleWarp(0.01, 0.05), 96)
-GAIN = 0.1  # variance left of independent probes' by walking through orthogonal ones (digits networks: 0.08 to 0.15)
+GAIN = 0.1  # variance left of independent probes' by a sequence of orthogonal ones (digits networks: 0.08 to 0.15)
 GOAL = 0.01  # nats per sqrt(d) that a rule may leave where the trace is estimated
 ROWS = 8
 SALT = 5
 
 
-class _Fixed(Hutchinson):
+class _FixedProbes(Hutchinson):
     """The same sign vectors at all places."""
 
-    def walk(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> Walk:
+    def probe_sequence(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> ProbeSequence:
         probes = self.probes(shape, dtype, source)
         return lambda place: probes
 
@@ -70,7 +77,7 @@ def plan_likelihood(
     if x is None and cond is not None:
         raise ValueError("with cond= the survey needs examples that belong to it: pass x.")
     if x is None:
-        x = typical(model, ROWS, seed)
+        x = model_examples(model, ROWS, seed)
     check_input(model, x, cond)
     if not x.shape[0]:
         raise ValueError("x is empty; a survey needs at least one example.")
@@ -79,9 +86,9 @@ def plan_likelihood(
     exact, tolerance = isinstance(divergence, Exact), tolerance_of(rtol, atol)
     start, goal = default_plan(model, tolerance, exact), GOAL * math.sqrt(x[0].numel())
     with evaluating(model):
-        followed = FlowTrajectory(model, x, dataclasses.replace(start, measure=FINE[0], points=FINE[1]), cond)
+        path = FlowTrajectory(model, x, dataclasses.replace(start, measure=FINE[0], points=FINE[1]), cond)
         errors, noise = survey(
-            followed, divergence if exact else _Fixed(2), RandomSource(seed, x.device, len(x), salt=SALT)
+            path, divergence if exact else _FixedProbes(2), RandomSource(seed, x.device, len(x), salt=SALT)
         )
     rms = {rule: math.sqrt(float(e.square().mean())) for rule, e in errors.items()}
     if exact:
@@ -104,7 +111,7 @@ def plan_likelihood(
     return dataclasses.replace(start, measure=best[points], points=points, quadrature_error=rms[best[points], points])
 
 
-def typical(model: ScoreModel, n: int, seed: Seed) -> Tensor:
+def model_examples(model: ScoreModel, n: int, seed: Seed) -> Tensor:
     """n examples of the model's own, by its probability flow at a loose tolerance."""
     if model.event_shape is None:
         raise ValueError("the model does not say what shape its examples have (event_shape); pass a few examples as x.")
@@ -116,22 +123,22 @@ def typical(model: ScoreModel, n: int, seed: Seed) -> Tensor:
 
 
 def survey(
-    followed: FlowTrajectory, divergence: Divergence, source: RandomSource
+    path: FlowTrajectory, divergence: Divergence, source: RandomSource
 ) -> tuple[dict[tuple[AngleWarp, int], Tensor], dict[tuple[AngleWarp, int], float]]:
     """Of every candidate rule (measure, points): its error (B,) in nats on the integrand that the trajectories' own fine rule
     shows, and the mean variance that independent single probes at its points would add."""
-    rule, trace, pull = (v if not isinstance(v, Tensor) else v.cpu() for v in followed.integrand(divergence, source))
-    measure, integrand = followed.plan.measure, trace.mean(2) + pull
+    rule, trace, correction = (v if not isinstance(v, Tensor) else v.cpu() for v in path.integrand(divergence, source))
+    measure, integrand = path.plan.measure, trace.mean(2) + correction
     rates = torch.from_numpy(measure.slope(rule.theta))
     expand = torch.from_numpy(legendre(len(rule.theta)))
     coefficients = expand @ (integrand / rates[:, None])
     whole = torch.tensordot(torch.from_numpy(rule.weights), integrand, 1)
     scatter = trace.var(2).mean(1) if trace.shape[2] > 1 else torch.zeros(len(rates), dtype=torch.float64)
-    low, high = measure(np.array([followed.low, followed.high]))
+    low, high = measure(np.array([path.low, path.high]))
     errors, noise = {}, {}
     for candidate in MEASURES:
         for points in POINTS:
-            there = gauss_legendre(candidate, followed.low, followed.high, points)
+            there = gauss_legendre(candidate, path.low, path.high, points)
             z = 2 * (measure(there.theta) - low) / (high - low) - 1
             weights = there.weights * measure.slope(there.theta)
             row = torch.from_numpy(weights @ np.polynomial.legendre.legvander(z, len(rule.theta) - 1))
