@@ -226,6 +226,135 @@ MUTANTS = [
         "test_dequantization.py::test_the_error_over_draws_is_calibrated",
         ("(per_draw.var(1).sum() / draws).sqrt() / n", "per_draw.var(1).sum().sqrt() / n"),
     ),
+    # schedules
+    *of(
+        "sde/processes.py",
+        "test_sde.py::test_published_closed_forms test_sde.py::test_overrides_agree_with_automatic_differentiation "
+        "test_sde.py::test_edm_cosine_and_rectified_flow_closed_forms",
+        ("0.5 * t * (self.beta_max", "t * (self.beta_max"),
+        ("-self._beta(t) * torch.expm1(-2 * self._integral(t))", "-self._beta(t) * torch.expm1(-self._integral(t))"),
+        ("self.sigma(t) * math.sqrt(2 * self._log_ratio)", "self.sigma(t) * math.sqrt(self._log_ratio)"),
+        ("* (high - low)) ** (self.rho - 1)", "* (high - low)) ** self.rho"),
+        ("torch.sqrt(2 * speed * torch.tan(theta))", "torch.sqrt(speed * torch.tan(theta))"),
+        ("math.atan(math.exp(-0.5 * self.log_snr_max))", "math.atan(math.exp(-self.log_snr_max))"),
+        ("return self._beta(t) * self.alpha(t) ** 2", "return self._beta(t) * self.alpha(t)"),
+    ),
+    *of(
+        "sde/processes.py",
+        "test_sde.py::test_time_inverts_log_snr",
+        ("return -b - 2 * safe_log(", "return -b - safe_log("),
+        ("self.beta_min**2 + 2 * (self.beta_max", "self.beta_min**2 + 4 * (self.beta_max"),
+    ),
+    *of(
+        "sde/base.py",
+        "test_sde.py::test_prior",
+        ("0.5 * math.log(2 * math.pi) + math.log(std)", "0.5 * math.log(2 * math.pi) - math.log(std)"),
+        ("return self.prior_std * RandomSource", "return RandomSource"),
+    ),
+    *of(
+        "sde/base.py",
+        "test_sde.py::test_user_defined_process",
+        ("(2 * sigma * (self.sigma_dot(t)", "(sigma * (self.sigma_dot(t)"),
+    ),
+    # losses
+    *of(
+        "losses.py",
+        "test_losses.py::test_weightings_by_their_definitions",
+        ("(sde.diffusion(t) / sde.sigma(t)) ** 2\n    snr", "(sde.diffusion(t) / sde.sigma(t))\n    snr"),
+        ("1 + 1 / (snr * sigma_data**2)", "1 + 1 / (snr * sigma_data)"),
+        ("(MIN_SNR_GAMMA / snr).clamp_max(1.0)", "(MIN_SNR_GAMMA / snr).clamp_min(1.0)"),
+        ("MIN_SNR_GAMMA = 5.0", "MIN_SNR_GAMMA = 4.0"),
+    ),
+    *of(
+        "losses.py",
+        "test_losses.py::test_log_normal_law",
+        ("LOG_NORMAL = (-1.2, 1.2)", "LOG_NORMAL = (-1.2, 1.0)"),
+        ("LOG_NORMAL = (-1.2, 1.2)", "LOG_NORMAL = (1.2, 1.2)"),
+        ("sde.time(-2 * log_s)", "sde.time(-log_s)"),
+    ),
+    *of(
+        "losses.py",
+        "test_losses.py::test_importance_ratio_integrates_any_function",
+        ("(high - low) / (speed * (last - first))", "(high - low) / speed"),
+        ("speed = (sde.diffusion(t) / sde.sigma(t)) ** 2", "speed = sde.diffusion(t) / sde.sigma(t)"),
+    ),
+    *of(
+        "losses.py",
+        "test_losses.py::test_sliced_loss_equals_its_formula",
+        ("+ 0.5 * projected**2", "+ projected**2"),
+    ),
+    # the probability flow and time grids
+    *of(
+        "flow.py",
+        "test_likelihood.py::test_a_network_ends_with_the_prior",
+        ("* noise - expand(torch.sin(theta) / self.c, u)", "* noise + expand(torch.sin(theta) / self.c, u)"),
+    ),
+    *of(
+        "grids.py",
+        "test_grids.py::test_karras_is_equation_5",
+        ("lambda r: r ** (1 / rho)", "lambda r: r**rho"),
+    ),
+    # samplers
+    *of(
+        "samplers/linear.py",
+        "test_samplers.py::test_euler_is_equation_6",
+        ("0.5 * (1 + self.eta**2) * g2", "(1 + self.eta**2) * g2"),
+        ("self.eta * (g2 * h).sqrt()", "self.eta * g2 * h"),
+    ),
+    *of(
+        "samplers/linear.py",
+        "test_samplers.py::test_ancestral_is_ddpm_for_vp test_samplers.py::test_ve_formulas",
+        ("sde.sigma(s) ** 2 / sde.sigma(t) ** 2", "sde.sigma(s) / sde.sigma(t)"),
+        ("return a * shrink, sde.alpha(s) * v", "return a * shrink, sde.alpha(t) * v"),
+        ("return 2 - a - pull, pull * sde.alpha(t), v.sqrt()", "return 2 - a - pull, pull * sde.alpha(t), v"),
+    ),
+    *of(
+        "samplers/linear.py",
+        "test_samplers.py::test_ddim_is_euler_in_the_straight_coordinates test_samplers.py::test_ddim_of_eta_one_is_ancestral",
+        ("(sigma_s**2 - noise**2).clamp_min(0)", "(sigma_s**2 + noise**2).clamp_min(0)"),
+        ("sde.alpha(s) - sde.alpha(t) * keep, noise", "sde.alpha(s) + sde.alpha(t) * keep, noise"),
+    ),
+    *of(
+        "samplers/base.py",
+        "test_samplers.py::test_transition_composes",
+        ("(a * sde.sigma(s)) ** 2", "a * sde.sigma(s) ** 2"),
+    ),
+    *of(
+        "samplers/heun.py",
+        "test_samplers.py::test_order_of_convergence test_stochastic.py::test_edm_is_algorithm_2",
+        ("half = 0.5 * gain", "half = gain"),
+        ("min(self.s_churn / t.numel(), math.sqrt(2) - 1)", "min(self.s_churn, math.sqrt(2) - 1)"),
+        ("(lift * sde.sigma(t)) ** 2", "lift * sde.sigma(t) ** 2"),
+        ("self.s_noise * (sde.sigma(up)", "self.s_noise**2 * (sde.sigma(up)"),
+    ),
+    *of(
+        "samplers/corrector.py",
+        "test_samplers.py::test_langevin_stationary_variance",
+        ("alpha=2 * self.snr * sigma)", "alpha=self.snr * sigma)"),
+        ("pull.mul_(2 * self.snr**2)", "pull.mul_(self.snr**2)"),
+    ),
+    *of(
+        "samplers/multistep.py",
+        "test_orders.py::test_order",
+        ("predictions.insert(0, latest)", "predictions.append(latest)"),
+        ("zip(plan.weights[1:], predictions[1:], strict=False)", "zip(plan.weights[1:], predictions, strict=False)"),
+        ("x = history.base", "x = history.base * 1.01"),
+        ("return 2 if step == 1 and self.order >= 3 else 0", "return 0"),
+    ),
+    *of(
+        "samplers/exponential.py",
+        "test_orders.py::test_order test_stochastic.py::test_sde_dpm_solver_2m test_stochastic.py::test_er_sde",
+        ("s.sigma / s.alpha - t.sigma / t.alpha", "s.sigma - t.sigma"),
+        ("(at - other) / (knot - other)", "(at - knot) / (other - knot)"),
+        ("noise = np.sqrt(-np.expm1(2 * excess))", "noise = np.sqrt(-np.expm1(excess))"),
+        ("0.3 * power / (1 + 10", "power / (1 + 10"),
+    ),
+    *of(
+        "samplers/singlestep.py",
+        "test_orders.py::test_order",
+        ("((0,), (0, 1), (0, 2))", "((0,), (0, 1), (0, 1))"),
+        ("((0.5,), ((0,), (1,)))", "((0.5,), ((0,), (0,)))"),
+    ),
 ]
 
 

@@ -94,14 +94,15 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Upper bound on the bits/dim of integer data 0..levels-1 under the model, by the probability-flow ODE.
 
-    Arguments: `data`, integers (N, *), or a loader of such batches; `levels`, by default
-    what the model was trained on, 256 for a model that does not say (refused where the data only reach below 64);
-    `value_range`, where the levels lie in the model's
-    space, by default the model's; `cond`, conditions for all N; with a loader of (data, condition) it has to say what becomes of
-    the second entry, "loader" (it is the condition) or "ignore" (a ValueError otherwise); `seed`: example i draws its noise
-    from (seed, first + i), so results do not depend on `batch_size`; `first`: where data[0] stands in a larger set that is
-    scored in parts; `plan`: where a decoupled solve looks, by default `plan_likelihood(model)` on eight of the model's own
-    samples where the trace is estimated and there is no `cond` (None: what `log_prob` takes by itself). The rest as in `log_prob`.
+    Arguments: `data`, integers (N, *), or a loader of such batches; `levels`, by default what the model was trained on, 256 for a
+    model that does not say (refused where the data only reach below 64); `value_range`, where the levels lie in the model's
+    space, by default the model's; `seed`: example i draws its noise from (seed, first + i), so results do not depend on
+    `batch_size` (but for a network's own rounding, see `log_prob`); `first`: where data[0] stands in a larger set that is scored
+    in parts; `plan`: where a decoupled solve looks, by default `plan_likelihood(model)` on eight of the model's own samples where
+    the trace is estimated and there is no condition (None: what `log_prob` takes by itself). The rest as in `log_prob`.
+
+    `cond`, the condition for all N. A loader of (data, condition) needs to be told what the second entry is for: "loader", it is
+    the condition, or "ignore", the data are scored without it; `ValueError` otherwise.
 
     `dequantization`: "uniform", for models of dequantized images; "truncated-normal", for models of the levels' centres; or
     an object with `draw(data, source)`, such as a fitted `VariationalDequantizer`. `samples`: points per bound, combined by
@@ -113,21 +114,17 @@ def bits_per_dim(
     maximum), for `levels` other than the model's or missing where they are needed, for a dequantizer made for others, and for
     an empty set.
     """
-    _check_options(
-        model, seed, first, method, plan, batch_size=batch_size, samples=samples, draws=draws, max_nfe=max_nfe
-    )
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        checks.positive(value, name)
-    check_divergence(divergence)
+    options = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
+    _check_options(model, seed, first, plan, **options, batch_size=batch_size, samples=samples, draws=draws)
     if len(getattr(data, "shape", ())) > 1:
         model.check_event(tuple(data.shape[1:]))
     count = levels_of(model, levels)
     ends = pair(model.value_range if value_range is None else value_range)
     points = dequantizer(dequantization, model, count, ends)
-    options = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
+    unconditional = cond is None or (isinstance(cond, str) and cond == IGNORE)
     if plan != "auto":
         options["plan"] = plan
-    elif (cond is None or cond == IGNORE) and surveyed(model, divergence, method):
+    elif unconditional and surveyed(model, divergence, method):
         options["plan"] = survey_of(model, divergence=divergence, rtol=rtol, atol=atol)
     device = device_of(model)
     values, errors, nfe, status, seen = [], [], [], [], 0
@@ -261,16 +258,30 @@ def _draw_stderr(per_draw: Tensor) -> float:
     return float((per_draw.var(1).sum() / draws).sqrt() / n)
 
 
-def _check_options(model: Any, seed: Any, first: Any, method: Any, plan: Any, **counts: int) -> None:
+def _check_options(
+    model: Any,
+    seed: Any,
+    first: Any,
+    plan: Any,
+    *,
+    divergence: Any,
+    rtol: Any,
+    atol: Any,
+    method: Any,
+    **counts: Any,
+) -> None:
     """The checks of `bits_per_dim` that do not look at the data."""
+    require_model(model)
     for name, value in counts.items():
         checks.positive_int(value, name)
-    require_model(model)
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        checks.positive(value, name)
+    checks.choice(method, METHODS, "method of solution")
+    check_divergence(divergence)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int here (example i draws from (seed, i)), got {seed!r}.")
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise ValueError(f"first must be an int >= 0, the index of data[0] in the whole set, got {first!r}.")
-    checks.choice(method, METHODS, "method of solution")
     if plan is not None and not (isinstance(plan, LikelihoodPlan) or (isinstance(plan, str) and plan == "auto")):
         raise TypeError(
             f'plan must be "auto", None or a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.'

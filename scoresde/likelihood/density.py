@@ -102,7 +102,7 @@ def log_prob(
     such as `plan_likelihood` returns.
 
     With one seed per example its result depends on that example and its seed alone, whatever its batch-mates need, up to the
-    rounding in which a network may treat batches of other sizes differently: float32 convolutions moved values by 4e-4 nats.
+    rounding with which a network treats batches of other sizes (a small float32 U-Net on 8 x 8 images: 1e-5 nats).
 
     Raises `ValueError` for NaN in x or a wrong shape, `TypeError` for integer x, `NonFiniteError` (naming t and the
     examples) for NaN from the network. Warns where the network's own precision forbids the tolerance.
@@ -113,23 +113,12 @@ def log_prob(
         checks.positive(value, name)
     checks.positive_int(max_nfe, "max_nfe")
     checks.choice(method, METHODS, "method of solution")
-    if stderr is not None:
-        checks.positive(stderr, "stderr")
-    if not isinstance(differentiable, bool):
-        raise TypeError(f"differentiable must be True or False, got {differentiable!r}.")
-    if method != "decoupled" and (stderr is not None or differentiable or plan is not None):
-        raise ValueError(f'stderr=, differentiable= and plan= are for method="decoupled", got method={method!r}.')
-    if differentiable and stderr is not None:
-        raise ValueError(
-            "stderr= adds probes as it goes, which differentiable=True cannot follow; give probes instead."
-        )
-    if plan is not None and not isinstance(plan, LikelihoodPlan):
-        raise TypeError(f"plan must be a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.")
+    _check_decoupled(method, stderr, differentiable, plan)
+    divergence = _divergence(divergence, math.prod(x.shape[1:]))
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # the state of a solve is float32 at least
     if x.is_inference():
         with torch.inference_mode(False):
             x = x.clone()
-    divergence = _divergence(divergence, math.prod(x.shape[1:]))
     rounding = rounding_error(model, x)
     if rounding > tolerance_of(rtol, atol):
         warnings.warn(
@@ -139,30 +128,53 @@ def log_prob(
         )
     streams = Streams(seed, x.device, x.shape[0], salt=PROBES)
     options = dict(rtol=rtol, atol=atol, max_nfe=max_nfe)
-    if method != "decoupled":
-        return _rounded(_coupled(model, x, divergence, streams.source(), cond, method=method, **options), rounding)
-    with evaluating(model):
-        found = refine(
-            model,
-            x,
-            divergence,
-            streams,
-            tolerance=tolerance_of(rtol, atol),
-            stderr=stderr,
-            max_nfe=max_nfe,
-            plan=plan,
-            cond=cond,
+    if method == "decoupled":
+        options.update(stderr=stderr, differentiable=differentiable, plan=plan)
+        result = _decoupled(model, x, divergence, streams, cond, **options)
+    else:
+        result = _coupled(model, x, divergence, streams.source(), cond, method=method, **options)
+    if rounding:
+        result.trajectory_error = torch.fmax(result.trajectory_error, torch.full_like(result.value, rounding))
+    return result
+
+
+def _check_decoupled(method: str, stderr: Any, differentiable: Any, plan: Any) -> None:
+    """The options of `log_prob` that only the decoupled engine knows."""
+    if stderr is not None:
+        checks.positive(stderr, "stderr")
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"differentiable must be True or False, got {differentiable!r}.")
+    if plan is not None and not isinstance(plan, LikelihoodPlan):
+        raise TypeError(f"plan must be a LikelihoodPlan, such as plan_likelihood(model) returns, got {plan!r}.")
+    if method != "decoupled" and (stderr is not None or differentiable or plan is not None):
+        raise ValueError(f'stderr=, differentiable= and plan= are for method="decoupled", got method={method!r}.')
+    if differentiable and stderr is not None:
+        raise ValueError(
+            "stderr= adds probes as it goes, which differentiable=True cannot follow; give probes instead."
         )
+
+
+def _decoupled(
+    model: ScoreModel,
+    x: Tensor,
+    divergence: Divergence,
+    streams: Streams,
+    cond: Any,
+    *,
+    rtol: float,
+    atol: float,
+    max_nfe: int,
+    stderr: float | None,
+    differentiable: bool,
+    plan: LikelihoodPlan | None,
+) -> LogProb:
+    """By refinement example by example; those that no common grid resolves by an adaptive solve."""
+    with evaluating(model):
+        limits = dict(tolerance=tolerance_of(rtol, atol), stderr=stderr, max_nfe=max_nfe)
+        found = refine(model, x, divergence, streams, **limits, plan=plan, cond=cond)
         result = _from_refinement(model, found)
         if stderr is not None:
-            short = ~(found.stderr <= stderr)
-            if bool(short.any()):
-                warnings.warn(
-                    f"{int(short.sum())} of {len(short)} examples did not reach stderr={stderr:g} nats within "
-                    f"max_nfe={max_nfe} evaluations (largest {float(found.stderr.nan_to_num(nan=math.inf).max()):.3g}); raise "
-                    "max_nfe, or give divergence= more probes.",
-                    stacklevel=2,
-                )
+            _warn_if_short(found.stderr, stderr, max_nfe)
         lost = ~torch.isfinite(found.change)
         hard = (lost | (found.status == ode.UNRESOLVED)).nonzero().squeeze(1)
         if len(hard) and not differentiable:  # features too fine for common grids, or trajectories that ran away
@@ -176,22 +188,25 @@ def log_prob(
         with evaluating(model, gradients=True):
             change, result.latent = differentiable_change(model, x, divergence, streams, found, cond)
             result.value = model.terminal_log_prob(result.latent) + change
-    return _rounded(result, rounding)
-
-
-def _rounded(result: LogProb, rounding: float) -> LogProb:
-    """The result with what the network's rounding leaves, nats, as the least of its errors."""
-    if rounding:
-        result.trajectory_error = torch.fmax(result.trajectory_error, torch.full_like(result.value, rounding))
     return result
 
 
 def _divergence(given: Divergence | None, d: int) -> Divergence:
-    """`given`, or the default in d dimensions."""
-    chosen = default_divergence(d) if given is None else given
-    if not isinstance(chosen, Divergence):
-        raise TypeError(f"divergence must be Exact(), Hutchinson(...) or another Divergence, got {chosen!r}.")
-    return chosen
+    """`given` after a check, or the default in d dimensions."""
+    check_divergence(given)
+    return default_divergence(d) if given is None else given
+
+
+def _warn_if_short(found: Tensor, stderr: float, max_nfe: int) -> None:
+    """Warn the caller of `log_prob` of examples whose standard error (B,) did not become as small as was asked for."""
+    short = ~(found <= stderr)
+    if bool(short.any()):
+        warnings.warn(
+            f"{int(short.sum())} of {len(short)} examples did not reach stderr={stderr:g} nats within max_nfe={max_nfe} "
+            f"evaluations (largest {float(found.nan_to_num(nan=math.inf).max()):.3g}); raise max_nfe, or give divergence= more "
+            "probes.",
+            stacklevel=4,
+        )
 
 
 def _solve_adaptively(
