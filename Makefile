@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test mutants docs lint clean
 
 demo: .venv
 	$(BIN)/scoresde demo --overwrite true
@@ -10,6 +10,10 @@ demo: .venv
 # one thread for each of the two processes: more would only wait for each other
 test: .venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# plausible mistakes, one at a time in a copy: the tests named with each have to notice it
+mutants: .venv
+	$(BIN)/python tests/mutants.py
 
 # the site, into build/docs; its measured tables are made first, and a warning is an error
 docs: .venv
