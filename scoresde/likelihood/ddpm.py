@@ -47,7 +47,7 @@ from scoresde.likelihood.variational import (
 from scoresde.models.base import ScoreModel, check_input, require_model
 from scoresde.modes import device_of, dtype_of, evaluating
 from scoresde.rng import RandomSource, Seed
-from scoresde.sde import sum_event
+from scoresde.sde import SDE, sum_event
 
 DECODER_DRAWS = 4  # at least so many: the scatter of these is the decoder's part of `stderr`
 VARIANCES = ("small", "large")
@@ -147,7 +147,7 @@ def ddpm_bound(
 
 
 def _points(
-    model: ScoreModel, data: Any, levels: int | None, value_range: Any
+    model: ScoreModel, data: Any, levels: int | None, value_range: tuple[float, float] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """x_0 in the model's scale; for integers also the lower and upper ends of their intervals (float64)."""
     if isinstance(data, Tensor) and data.is_floating_point():
@@ -169,7 +169,7 @@ def _points(
     return (low + width * (k + 0.5)).to(dtype_of(model)), (below, above)
 
 
-def _check_times(times: Any, steps: int, sde: Any) -> None:
+def _check_times(times: Any, steps: int, sde: SDE) -> None:
     if not isinstance(times, Tensor) or tuple(times.shape) != (steps + 1,) or not bool((times.diff() < 0).all()):
         raise ValueError(
             f"grid must give steps + 1 = {steps + 1} decreasing times, got "
@@ -213,6 +213,7 @@ def _diffusion(noising: _Noising, times: Tensor, large: bool, strata: int, sampl
     constants = (0.5 * d * (rho - 1 - rho.log())).to(device)
     slopes = (0.5 * d * rho * torch.expm1(lam.diff()).clamp_max(LARGEST)).to(device)
     snr_gaps = (0.5 * rho * lam.exp().diff()).to(device)
+    at, clean = times.to(device), (lam > 0).to(device)
     bounds = [j * steps // strata for j in range(strata + 1)]
     weights = torch.stack([slopes[i:j].sum() for i, j in pairwise(bounds)])
     ratios, excesses, places, costs, visited = [], [], [], [], []
@@ -221,10 +222,10 @@ def _diffusion(noising: _Noising, times: Tensor, large: bool, strata: int, sampl
             i = torch.full((n,), first, device=device)
             if last - first > 1:
                 i = i + (noising.source.uniform((n, 1), torch.float64).squeeze(1) * (last - first)).long()
-            visited.append(times.to(device)[i])
+            visited.append(at[i])
             _, by_data, by_noise, excess = noising(visited[-1])
             # the left side of the equation keeps its digits where there is little signal, the right elsewhere
-            error = torch.where(lam.to(device)[i] > 0, slopes[i] * by_noise / d, snr_gaps[i] * by_data)
+            error = torch.where(clean[i], slopes[i] * by_noise / d, snr_gaps[i] * by_data)
             share = (last - first) / weight
             costs.append((last - first) * constants[i])
             ratios.append(share * error)

@@ -71,7 +71,7 @@ class Dequantizer(ABC):
         `source`: random numbers, advanced by the draw, or a seed (one int per example is honoured).
         """
 
-    def _configure(self, levels: int, value_range: Any, dtype: torch.dtype) -> None:
+    def _configure(self, levels: int, value_range: tuple[float, float], dtype: torch.dtype) -> None:
         self.levels, self.value_range = check_levels(levels), pair(value_range)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch dtype, which the points are given, got {dtype!r}.")
@@ -93,7 +93,9 @@ class UniformDequantizer(Dequantizer):
     Raises `ValueError` for fewer than 2 levels or an empty range.
     """
 
-    def __init__(self, levels: int, value_range: Any = (-1.0, 1.0), *, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, levels: int, value_range: tuple[float, float] = (-1.0, 1.0), *, dtype: torch.dtype = torch.float32
+    ):
         self._configure(levels, value_range, dtype)
 
     def draw(self, data: Tensor, source: RandomSource | Seed = None) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ class TruncatedNormalDequantizer(Dequantizer):
     def __init__(
         self,
         levels: int,
-        value_range: Any = (-1.0, 1.0),
+        value_range: tuple[float, float] = (-1.0, 1.0),
         *,
         std: float,
         scale: float = 1.0,
@@ -158,7 +160,7 @@ class VariationalDequantizer(Dequantizer, nn.Module):
         self,
         event_shape: tuple[int, ...],
         levels: int,
-        value_range: Any = (-1.0, 1.0),
+        value_range: tuple[float, float] = (-1.0, 1.0),
         *,
         width_net: int = 32,
         seed: int = 0,
