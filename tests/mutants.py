@@ -115,13 +115,14 @@ MUTANTS = [
         "likelihood/ddpm.py",
         "test_ddpm_bound.py::test_subsampled_steps_are_unbiased",
         ("share = (last - first) / weight", "share = 1 / weight"),
-        ("(last - first)).long()", "(last - first - 1)).long()"),
+        ("0.5 * (first + last - 1)) / (last", "0.5 * (first + last)) / (last"),
+        ("i = i + (noising", "i = i + 0 * (noising"),
     ),
     *of(
         "likelihood/ddpm.py",
         INTEGERS,
         ("torch.where(k == 0, -torch.inf, low + width * k)", "low + width * k"),
-        ("flip = a + b > 0", "flip = a + b > 1e30"),
+        ("flip = a + b > 0", "flip = a > 1e30"),
         ("(edges[1] - denoised) / r))", "(edges[1] - denoised) / r**2))"),
     ),
     # log densities: signs, Jacobians, history
@@ -146,8 +147,13 @@ MUTANTS = [
     ),
     *of(
         "likelihood/decoupled/quadrature.py",
+        "test_plan.py::test_what_a_survey_sees_is_what_rules_do",
+        ("np.arange(points) + 0.5", "np.arange(points) + 1.0"),
+    ),
+    *of(
+        "likelihood/decoupled/quadrature.py",
         "test_decoupled.py::test_rule_error_follows_the_error",
-        ("np.arange(points) + 0.5", "np.arange(points) + 5.0"),
+        ("tail * (tail / top).sqrt() / 8", "tail / 8"),
     ),
     *of(
         "likelihood/decoupled/trajectory.py",

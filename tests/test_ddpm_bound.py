@@ -159,18 +159,19 @@ def test_the_decoder_of_integers():
         def forward(self, x, label):
             return torch.full_like(x, 0.13)
 
-    sde = VPSDE(t_min=0.05)
-    model = ScoreNet(Constant(), sde, "denoise", levels=4, value_range=(-1.0, 1.0)).double()
-    r = float(sde.sigma(0.05) / sde.alpha(0.05))
-    got = ddpm_bound(model, torch.arange(4)[:, None], steps=3, seed=0)
     edges = torch.tensor([-math.inf, -0.5, 0.0, 0.5, math.inf], dtype=torch.float64)
-    mass = torch.special.ndtr((edges - 0.13) / r).diff()
-    torch.testing.assert_close(got.reconstruction, -mass.log(), rtol=1e-4, atol=1e-6)
-    assert float((-got.reconstruction).exp().sum()) == pytest.approx(1, abs=1e-6)
+    for t in (0.05, 0.3):  # noise within the range, and beyond it
+        sde = VPSDE(t_min=t)
+        model = ScoreNet(Constant(), sde, "denoise", levels=4, value_range=(-1.0, 1.0)).double()
+        got = ddpm_bound(model, torch.arange(4)[:, None], steps=3, seed=0)
+        mass = torch.special.ndtr((edges - 0.13) / float(sde.sigma(t) / sde.alpha(t))).diff()
+        torch.testing.assert_close(got.reconstruction, -mass.log(), rtol=1e-4, atol=1e-6)
+        assert float((-got.reconstruction).exp().sum()) == pytest.approx(1, abs=1e-6)
     # so far out that the masses underflow, their logarithms do not
-    far = ddpm_bound(ScoreNet(Constant(), VPSDE(), "denoise", levels=4), torch.tensor([[0]]), steps=3, seed=0)
+    far = ddpm_bound(ScoreNet(Constant(), VPSDE(), "denoise", levels=4), torch.tensor([[0], [3]]), steps=3, seed=0)
     r = float(VPSDE().sigma(1e-5))
-    assert float(far.reconstruction) == pytest.approx(0.5 * (0.63 / r) ** 2, rel=1e-2)
+    for got, distance in zip(far.reconstruction.tolist(), (0.63, 0.37), strict=True):
+        assert got == pytest.approx(0.5 * (distance / r) ** 2, rel=1e-2)
 
 
 def test_standard_errors_are_calibrated(full3):
@@ -218,13 +219,14 @@ def test_the_control_variates_are_unbiased_and_help(full3, monkeypatch):
 
 
 def test_subsampled_steps_are_unbiased(full3):
-    """Strata of unequal size: 7 of 100 steps, in the mean what all steps give."""
+    """Strata of unequal size, and of two steps each: in the mean what all steps give."""
     model, x = full3.diffuse(VPSDE()), full3.sample(600, seed=5)
-    whole = ddpm_bound(model, x, steps=100, seed=0)
-    part = ddpm_bound(model, x, steps=100, steps_per_example=7, seed=1)
-    assert abs(z_of(part.diffusion - whole.diffusion)) < 4
-    assert tuple(part.steps.shape) == (7, 600)
-    assert part.nfe == 7 + 4
+    for steps, drawn in ((100, 7), (12, 6)):
+        whole = ddpm_bound(model, x, steps=steps, seed=0)
+        part = ddpm_bound(model, x, steps=steps, steps_per_example=drawn, seed=1)
+        assert abs(z_of(part.diffusion - whole.diffusion)) < 4
+        assert tuple(part.steps.shape) == (drawn, 600)
+        assert part.nfe == drawn + 4
 
 
 def test_a_worse_model_has_a_lower_bound(full3):
