@@ -140,10 +140,14 @@ MUTANTS = [
         "likelihood/decoupled/quadrature.py",
         CURVE,
         ("self.d * math.log(large / small)", "self.d * math.log(small / large)"),
-        ("field.p[j] * self.d", "field.p[j]"),
         ("-(state + f / math.tan(angle))", "(state + f / math.tan(angle))"),
         ("(f - slope).double()", "(f + slope).double()"),
         ("self.u = x / small", "self.u = x / large"),
+    ),
+    *of(
+        "likelihood/decoupled/quadrature.py",
+        "test_likelihood.py::test_a_network_ends_with_the_prior",
+        ("field.p[j] * self.d", "field.p[j]"),
     ),
     *of(
         "likelihood/decoupled/quadrature.py",
@@ -298,7 +302,7 @@ MUTANTS = [
     # the probability flow and time grids
     *of(
         "flow.py",
-        "test_likelihood.py::test_a_network_ends_with_the_prior",
+        "test_samplers.py::test_flow_against_an_independent_solve",
         ("* noise - expand(torch.sin(theta) / self.c, u)", "* noise + expand(torch.sin(theta) / self.c, u)"),
     ),
     *of(

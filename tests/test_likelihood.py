@@ -640,11 +640,22 @@ def test_rectified_flow_under_parameterizations_that_divide_by_alpha(parameteriz
 
 
 def test_probes_are_independent_of_the_noise_of_samples():
-    """One seed for a sample and its density: Gaussian probes are not the noise that the sample was drawn from."""
-    source = RandomSource(3, "cpu", 2)
-    noise = source.normal((2, 1, 5), torch.float64)
-    salted = RandomSource(3, "cpu", 2, salt=1)
-    assert not torch.equal(Hutchinson(1, "gaussian").probes((2, 5), torch.float64, salted), noise)
+    """One seed for a sample and its density: no Gaussian probe is the noise that the sample was drawn from."""
+    seen = []
+
+    class Watched(Hutchinson):
+        def probes(self, shape, dtype, source):
+            seen.append(super().probes(shape, dtype, source))
+            return seen[-1]
+
+    model, noise = (
+        GaussianMixture.isotropic([[0.0] * 5], 1.0).diffuse(VPSDE()),
+        RandomSource(3, "cpu", 2).normal((2, 1, 5), torch.float64),
+    )
+    for method in ("decoupled", "tsit5"):
+        log_prob(model, torch.ones(2, 5, dtype=torch.float64), divergence=Watched(1, "gaussian"), seed=3, method=method)
+    assert len(seen) > 20
+    assert not any(torch.equal(probes, noise) for probes in seen)
 
 
 def test_conditions_of_the_wrong_length_are_refused():
