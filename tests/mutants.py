@@ -163,12 +163,12 @@ MUTANTS = [
         "likelihood/decoupled/trajectory.py",
         "test_decoupled.py::test_stretch test_decoupled.py::test_grids",
         ("return 0.5 * (1 + x * x)", "return (1 + x * x)"),
-        ("half * w / stretch.slope(theta)", "w / stretch.slope(theta)"),
+        ("half * w / warp.slope(theta)", "w / warp.slope(theta)"),
     ),
     *of(
         "likelihood/decoupled/trajectory.py",
         "test_decoupled.py::test_order_of_the_trajectory",
-        ("implicit - order + 1 + i", "implicit - order + i"),
+        ("np.arange(implicit - order + 1, implicit + 1)", "np.arange(implicit - order, implicit)"),
         ("order = min(i, ORDER)", "order = min(i, 2)"),
         ("_adams(order, 1)", "_adams(order, 0)"),
     ),
@@ -303,12 +303,26 @@ MUTANTS = [
     *of(
         "flow.py",
         "test_samplers.py::test_flow_against_an_independent_solve",
-        ("* noise - expand(torch.sin(theta) / self.c, u)", "* noise + expand(torch.sin(theta) / self.c, u)"),
+        ("cosine * noise - sine_over_c * denoised", "cosine * noise + sine_over_c * denoised"),
     ),
     *of(
         "grids.py",
         "test_grids.py::test_karras_is_equation_5",
         ("lambda r: r ** (1 / rho)", "lambda r: r**rho"),
+    ),
+    *of(
+        "numerics.py",
+        "test_lagrange.py::test_integrals_of_polynomials test_lagrange.py::test_one_at_their_own_knot",
+        ("factors = (at - knot) / gaps", "factors = (at + knot) / gaps"),
+        ("gaps = knots - knot", "gaps = knot - knots"),
+    ),
+    # training
+    *of(
+        "train/loop.py",
+        "test_train.py::test_the_average_warms_up",
+        ("(1 + step) / (10 + step)", "1.0"),
+        ("(1 + step) / (10 + step)", "(1 + step) / (100 + step)"),
+        ("rate = 1 - min(decay", "rate = min(decay"),
     ),
     # samplers
     *of(
@@ -339,7 +353,7 @@ MUTANTS = [
         "samplers/heun.py",
         "test_samplers.py::test_order_of_convergence test_stochastic.py::test_edm_is_algorithm_2",
         ("half = 0.5 * gain", "half = gain"),
-        ("min(self.s_churn / t.numel(), math.sqrt(2) - 1)", "min(self.s_churn, math.sqrt(2) - 1)"),
+        ("min(self.s_churn / (self.churn_steps or steps), math.sqrt(2) - 1)", "min(self.s_churn, math.sqrt(2) - 1)"),
         ("self.s_noise * (sde.sigma(up)", "self.s_noise**2 * (sde.sigma(up)"),
     ),
     *of(
@@ -356,16 +370,15 @@ MUTANTS = [
     *of(
         "samplers/multistep.py",
         "test_orders.py::test_order",
-        ("predictions.insert(0, latest)", "predictions.append(latest)"),
-        ("zip(plan.weights[1:], predictions[1:], strict=False)", "zip(plan.weights[1:], predictions, strict=False)"),
-        ("x = history.base", "x = history.base * 1.01"),
+        ("predictions.insert(0, combine(", "predictions.insert(1, combine("),
+        ("x.add_(predictions[j], alpha=w)", "x.add_(predictions[j - 1], alpha=w)"),
+        ("x = history.base\n", "x = history.base * 1.01\n"),
         ("return 2 if step == 1 and self.order >= 3 else 0", "return 0"),
     ),
     *of(
         "samplers/exponential.py",
         "test_orders.py::test_order test_stochastic.py::test_sde_dpm_solver_2m test_stochastic.py::test_er_sde",
         ("s.sigma / s.alpha - t.sigma / t.alpha", "s.sigma - t.sigma"),
-        ("(at - other) / (knot - other)", "(at - knot) / (other - knot)"),
         ("noise = np.sqrt(-np.expm1(2 * excess))", "noise = np.sqrt(-np.expm1(excess))"),
         ("0.3 * power / (1 + 10", "power / (1 + 10"),
     ),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from scoresde import QuantizedScoreNet, ScoreNet, load, sample
 from scoresde.data import Images
@@ -240,6 +241,17 @@ def test_the_split_of_other_data(options):
     assert len(load_splits(dataclasses.replace(options, validation_fraction=0.5))[1]) == 30
     with pytest.raises(ValueError, match="too few to hold 60 out"):
         load_splits(dataclasses.replace(options, validation_fraction=0.999))
+
+
+def test_the_average_warms_up():
+    """The decay of step n is (1 + n) / (10 + n), and what was asked for once that is larger."""
+    average, model = (nn.Linear(1, 1, bias=False) for _ in range(2))
+    with torch.no_grad():
+        for step, decay in ((0, 1 / 10), (8, 9 / 18), (98, 99 / 108), (100_000, 0.99)):
+            average.weight.fill_(1.0)
+            model.weight.fill_(3.0)
+            loop._update_average(average, model, step, 0.99)
+            assert float(average.weight) == pytest.approx(decay * 1.0 + (1 - decay) * 3.0, rel=1e-5)
 
 
 def test_learning_rate():
