@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
+from scoresde.numerics import bisect
 from scoresde.rng import RandomSource, Seed
 
 
@@ -107,13 +108,7 @@ class SDE(ABC):
         Values beyond the schedule's own give the nearest end here; the closed forms of subclasses continue past it.
         """
         target = as_tensor(log_snr)
-        goal = target.double()
-        low, high = torch.zeros_like(goal), torch.ones_like(goal)
-        for _ in range(54):
-            middle = (low + high) / 2
-            above = self.log_snr(middle) > goal
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return ((low + high) / 2).to(target.dtype)
+        return bisect(lambda t: -self.log_snr(t), -target).to(target.dtype)
 
     def perturb(self, x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
         """x_t = alpha(t) x_0 + sigma(t) noise for x0, noise (B, *) and t () or (B,)."""

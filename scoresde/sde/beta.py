@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.numerics import bisect
 from scoresde.sde.base import SDE, as_tensor, check_t_min, safe_log
 
 
@@ -139,9 +140,4 @@ class DiscreteVPSDE(VariancePreserving):
         return ((c1 + u * (2 * c2 + u * 3 * c3)) * (self.steps - 1)).to(t.dtype)
 
     def _integral_inverse(self, b: Tensor) -> Tensor:
-        low, high = torch.zeros_like(b), torch.ones_like(b)
-        for _ in range(54):
-            middle = (low + high) / 2
-            below = self._integral(middle) < b
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+        return bisect(self._integral, b)
