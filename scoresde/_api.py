@@ -32,8 +32,3 @@ from scoresde.models.quantized import QuantizedScoreNet
 from scoresde.samplers.registry import METHODS
 from scoresde.sampling import sample
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE
-
-# methods where people look for them; the model itself, far below, knows nothing of files
-ScoreModel.save_pretrained = save_pretrained
-ScoreModel.push_to_hub = push_to_hub
-ScoreModel.from_pretrained = staticmethod(from_pretrained)

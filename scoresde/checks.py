@@ -25,6 +25,13 @@ def rows_text(rows: Sequence[int], limit: int = 8) -> str:
     return f"[{shown}{', ...' if len(rows) > limit else ''}]"
 
 
+def number(value: float, name: str) -> float:
+    """`value` as a float; `ValueError` unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return float(value)
+
+
 def positive(value: float, name: str) -> float:
     """`value` as a float; `ValueError` unless it is finite and > 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
@@ -40,6 +47,34 @@ def positive_int(value: int, name: str) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
     return value
+
+
+def level_count(value: int, name: str = "levels") -> int:
+    """`value` as an int; `TypeError` unless an integer, `ValueError` unless >= 2."""
+    if positive_int(value, name) < 2:
+        raise ValueError(f"{name} must be at least 2, got {value}.")
+    return int(value)
+
+
+def value_range(value: Sequence[float], name: str = "value_range") -> tuple[float, float]:
+    """`value` as two floats; `ValueError` unless they are finite numbers (low, high) with low < high."""
+    try:
+        low, high = (float(v) for v in (() if isinstance(value, str) else value))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{name} must be two numbers (low, high), got {value!r}.") from e
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"{name} must be (low, high), finite, with low < high, got {value!r}.")
+    return low, high
+
+
+def event_shape(value: Sequence[int], name: str = "event_shape") -> tuple[int, ...]:
+    """`value` as a tuple of ints; `TypeError` unless a sequence of integers, `ValueError` unless at least one, each >= 1."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be the shape of one example, such as (3, 32, 32), got {value!r}.")
+    shape = tuple(positive_int(n, f"every size in {name}") for n in value)
+    if not shape:
+        raise ValueError(f"{name} must have at least one axis, got {value!r}.")
+    return shape
 
 
 def ordered(low: float, high: float, low_name: str, high_name: str) -> None:
@@ -120,8 +155,7 @@ def time_like(t: Any, batch_size: int | None = None) -> None:
 
 def integers(data: Any, levels: int, name: str = "data") -> Tensor:
     """Integer data in 0..levels-1 as a tensor; `TypeError` for floats, `ValueError` with the minimum and maximum."""
-    if positive_int(levels, "levels") < 2:
-        raise ValueError(f"levels must be at least 2, got {levels}.")
+    level_count(levels)
     if not isinstance(data, Tensor):
         try:
             data = torch.as_tensor(data)

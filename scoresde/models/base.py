@@ -10,7 +10,11 @@ $$\hat\epsilon = (x - \alpha D)/\sigma, \qquad s = -\hat\epsilon/\sigma, \qquad 
 
 from __future__ import annotations
 
+import importlib
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +29,11 @@ from scoresde.sde import SDE, expand
 class ScoreModel(nn.Module, ABC):
     """A denoiser over a forward process.
 
-    Attributes: `sde`; `sigma_data`, the rough standard deviation of the data (a scale for solvers, 1 by default);
-    `event_shape`, the shape of one example, where known; `levels` and `value_range`, how integer data were scaled,
-    where known: level k stands at value_range[0] + (k + u)(value_range[1] - value_range[0]) / levels, 0 <= u < 1.
+    Attributes: `sde`; `sigma_data`, the rough standard deviation of the data (a scale for solvers, 1 by default); `data_mean`,
+    the data's mean, of shape event_shape (a hint to solvers), where known; `event_shape`, the shape of one example, where
+    known; `levels` and `value_range`, how integer data were scaled, where known: level k stands at
+    value_range[0] + (k + u)(value_range[1] - value_range[0]) / levels, 0 <= u < 1. Setting one of these to what it cannot be
+    raises `TypeError` or `ValueError`.
     """
 
     # Score and velocity are infinite or undefined where sigma = 0 (t = 0 for VP, sub-VP and rectified flow): use t_min.
@@ -42,6 +48,24 @@ class ScoreModel(nn.Module, ABC):
     flow_scales: tuple[float, float] = (0.01, 0.003)
     trace_scales: tuple[float, float] = (0.01, 0.05)
     flow_mismatch: float = 0.1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        if check is not None and not (value is None and name in _OPTIONAL):
+            value = check(value, name)
+        if name == "data_mean" and value is not None and self.event_shape is not None:
+            checks.same_shape(value, self.event_shape, name)
+        super().__setattr__(name, value)
+
+    @property
+    def data_mean(self) -> Tensor | None:
+        """The data's mean (*event), None where it is not known. It moves with the model, but is no part of its `state_dict`."""
+        return self._buffers.get("data_mean")
+
+    @data_mean.setter
+    def data_mean(self, value: Tensor | None) -> None:
+        self._buffers["data_mean"] = value
+        self._non_persistent_buffers_set.add("data_mean")
 
     @abstractmethod
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
@@ -116,6 +140,52 @@ class ScoreModel(nn.Module, ABC):
                 f"the model was made for examples of shape {tuple(self.event_shape)}, got {tuple(shape)}; "
                 "the first axis of x (and of shape=) is the batch."
             )
+
+    # -- files and the hub ----------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """`scoresde.save_pretrained(self, folder)`."""
+        return _files().save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "Upload a score model",
+    ) -> str:
+        """`scoresde.push_to_hub(self, repo_id, ...)`."""
+        return _files().push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+    @staticmethod
+    def from_pretrained(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> ScoreModel:
+        """`scoresde.from_pretrained(path_or_hub_id, ...)`."""
+        return _files().from_pretrained(path_or_hub_id, revision=revision)
+
+
+def _files() -> Any:
+    """The room of model files, which stands far above and is looked for where people look for it: at the model."""
+    return importlib.import_module("scoresde.interop")
+
+
+def _mean(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+        kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor of one example's shape or None, got {kind}.")
+    checks.finite(value, name)
+    return value.detach()
+
+
+# what a model says of its data is checked wherever it is set
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "sigma_data": checks.positive,
+    "data_mean": _mean,
+    "event_shape": checks.event_shape,
+    "levels": checks.level_count,
+    "value_range": checks.value_range,
+}
+_OPTIONAL = ("data_mean", "event_shape", "levels")
 
 
 def require_model(model: Any) -> ScoreModel:

@@ -121,6 +121,7 @@ class DiffusedMixture(ScoreModel):
         self.diagonal = mixture.diagonal
         self.event_shape = mixture.event_shape
         self.sigma_data = math.sqrt(float(mixture.covariance.diagonal().mean()))
+        self.data_mean = mixture.mean
         narrowest = math.sqrt(float(mixture.eigenvalues.min())) / self.sigma_data
         self.flow_scales = self.trace_scales = (min(max(0.7 * narrowest, 1e-3), 1.0), 1.0)
         self.flow_mismatch = 0.03  # the score is exact, but a rule of few points sees the ripples of a coarse curve

@@ -28,7 +28,7 @@ class NoiseLabel:
     The quantity is "time" (t itself), "sigma" (sigma / alpha, the noise level of Karras et al. 2022) or "log_sigma" (its
     natural logarithm). NoiseLabel("time", 999) are the step numbers that the score networks of Song et al. 2021 for VP and
     sub-VP were trained on, NoiseLabel("time", N - 1) those of a discrete schedule of N steps, NoiseLabel("log_sigma", 0.25) the
-    label of EDM. Raises `ValueError` for another quantity.
+    label of EDM. Raises `ValueError` for another quantity, a scale or shift that is no finite number, or a scale of 0.
     """
 
     quantity: str = "time"
@@ -37,6 +37,10 @@ class NoiseLabel:
 
     def __post_init__(self) -> None:
         checks.choice(self.quantity, NOISE_LABELS, "noise label")
+        for name in ("scale", "shift"):
+            object.__setattr__(self, name, checks.number(getattr(self, name), f"{name} of a noise label"))
+        if self.scale == 0.0:
+            raise ValueError("scale of a noise label must not be 0: the network would not be told the time.")
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
         """The label at times t, of t's shape and dtype."""
@@ -80,6 +84,7 @@ class ScoreNet(ScoreModel):
         *,
         label: NoiseLabel | None = None,
         sigma_data: float = 1.0,
+        data_mean: Tensor | None = None,
         event_shape: tuple[int, ...] | None = None,
         levels: int | None = None,
         value_range: tuple[float, float] = (-1.0, 1.0),
@@ -93,10 +98,8 @@ class ScoreNet(ScoreModel):
         self.label = label or (NoiseLabel("log_sigma", 0.25) if parameterization == "edm" else NoiseLabel())
         if self.label.quantity == "log_sigma":  # which still changes where the noise is nearly 0
             self.flow_scales, self.trace_scales = (0.001, 0.003), (0.001, 0.05)
-        self.sigma_data = checks.positive(sigma_data, "sigma_data")
-        self.event_shape = None if event_shape is None else tuple(event_shape)
-        self.levels = levels
-        self.value_range = (float(value_range[0]), float(value_range[1]))
+        self.sigma_data, self.event_shape, self.data_mean = sigma_data, event_shape, data_mean
+        self.levels, self.value_range = levels, value_range
 
     @property
     def flow_end(self) -> float:

@@ -32,6 +32,7 @@ from scoresde.models.prepared import call_network
 from scoresde.sde import SDE, expand
 
 _ROOT = 0.5**0.5
+MAX_LEVELS = 2**16
 FOURIER = (0.125, 0.25, 0.5, 1.0)  # half periods per interval of the input features
 
 
@@ -43,7 +44,7 @@ class QuantizedScoreNet(ScoreModel):
     unit variance, and sines and cosines of x/alpha at periods of 2 to 16 intervals, each damped by the noise that x
     still has. The label is held within `label_range` (log-SNRs), outside of which the closed form decides alone.
 
-    Raises `ValueError` for levels < 2, an empty value_range, or a network output of another shape.
+    Raises `ValueError` for levels outside 2 to 65536, an empty value_range, or a network output of another shape.
     """
 
     flow_scales = (0.001, 0.05)  # the edges of the intervals are felt down to very little noise
@@ -56,23 +57,19 @@ class QuantizedScoreNet(ScoreModel):
         *,
         value_range: tuple[float, float] = (-1.0, 1.0),
         sigma_data: float = 1.0,
+        data_mean: Tensor | None = None,
         event_shape: tuple[int, ...] | None = None,
         label_range: tuple[float, float] = (-9.0, 9.5),
     ):
         super().__init__()
-        if checks.positive_int(levels, "levels") < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}.")
-        low, high = (float(v) for v in value_range)
-        if not low < high:
-            raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}.")
+        if checks.level_count(levels) > MAX_LEVELS:
+            raise ValueError(f"levels must be at most {MAX_LEVELS}, an output of the network each, got {levels}.")
         self.net = net
         self.sde = sde
-        self.levels = levels
-        self.value_range = (low, high)
-        self.sigma_data = checks.positive(sigma_data, "sigma_data")
-        self.event_shape = None if event_shape is None else tuple(event_shape)
-        self.label_range = (float(label_range[0]), float(label_range[1]))
-        self.width = (high - low) / levels
+        self.levels, self.value_range = levels, value_range
+        self.sigma_data, self.event_shape, self.data_mean = sigma_data, event_shape, data_mean
+        self.label_range = checks.value_range(label_range, "label_range")
+        self.width = (self.value_range[1] - self.value_range[0]) / levels
 
     @staticmethod
     def input_channels(channels: int) -> int:
