@@ -24,6 +24,7 @@ __all__ = [
     "VPSDE",
     "BitsPerDim",
     "ClassifierFreeGuidance",
+    "Clipped",
     "CosineSDE",
     "DDPMBound",
     "DiffusedMixture",

@@ -4,7 +4,7 @@
 
 from scoresde.checks import NonFiniteError
 from scoresde.distill import tune
-from scoresde.guidance import ClassifierFreeGuidance
+from scoresde.guidance import ClassifierFreeGuidance, Clipped
 from scoresde.interop import WrappedNet, from_pretrained, load, push_to_hub, save_pretrained
 from scoresde.latents import decode, encode, interpolate, round_trip, slerp
 from scoresde.likelihood import (

@@ -1,5 +1,6 @@
-"""Guidance: models that follow a condition more closely. Each wraps a `ScoreModel` and is one."""
+"""Models around models: a condition followed more closely, a denoiser held to the data. Each is a `ScoreModel`."""
 
 from scoresde.guidance.classifier_free import ClassifierFreeGuidance
+from scoresde.guidance.clipped import Clipped
 
-__all__ = ["ClassifierFreeGuidance"]
+__all__ = ["ClassifierFreeGuidance", "Clipped"]

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.models.base import ScoreModel, require_model
+from scoresde.models.base import ScoreModel
+from scoresde.models.wrapping import WrappedModel
 from scoresde.sde import expand
 
 
-class ClassifierFreeGuidance(ScoreModel):
+class ClassifierFreeGuidance(WrappedModel):
     """A `ScoreModel` whose denoiser is D + w (D given cond - D), for every sampler and every likelihood.
 
     model: one whose network was trained with its condition dropped at times (`drop_cond` of the networks here).
@@ -42,8 +43,7 @@ class ClassifierFreeGuidance(ScoreModel):
         interval: tuple[float, float] | None = None,
         unconditional: Any = None,
     ):
-        super().__init__()
-        self.model = require_model(model)
+        super().__init__(model)
         if not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale}.")
         self.scale = float(scale)
@@ -51,17 +51,6 @@ class ClassifierFreeGuidance(ScoreModel):
             raise ValueError(f"interval must be (low, high) noise levels with 0 <= low < high, got {interval}.")
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
         self.unconditional = unconditional
-        for name in ("sde", "sigma_data", "event_shape", "levels", "value_range"):
-            setattr(self, name, getattr(model, name))
-        for name in ("flow_scales", "trace_scales"):
-            setattr(self, name, getattr(model, name))
-
-    @property
-    def flow_end(self) -> float:
-        return self.model.flow_end
-
-    def terminal_log_prob(self, x: Tensor) -> Tensor:
-        return self.model.terminal_log_prob(x)
 
     def _without(self, batch: int) -> Any:
         given = self.unconditional

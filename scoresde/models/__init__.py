@@ -5,6 +5,7 @@ from scoresde.models.mixture import DiffusedMixture, GaussianMixture
 from scoresde.models.network import PARAMETERIZATIONS, NoiseLabel, ScoreNet
 from scoresde.models.prepared import PreparedModel, PreparedNet
 from scoresde.models.quantized import QuantizedScoreNet
+from scoresde.models.wrapping import WrappedModel
 
 __all__ = [
     "PARAMETERIZATIONS",
@@ -16,6 +17,7 @@ __all__ = [
     "QuantizedScoreNet",
     "ScoreModel",
     "ScoreNet",
+    "WrappedModel",
     "check_input",
     "require_model",
 ]
