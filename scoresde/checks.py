@@ -49,6 +49,14 @@ def positive_int(value: int, name: str) -> int:
     return value
 
 
+def log_snr_like(value: Any) -> None:
+    """`TypeError` unless a number or a floating-point tensor."""
+    number_like = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number_like or (isinstance(value, Tensor) and value.is_floating_point())):
+        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"a log-SNR must be a number or a floating-point tensor, got {got}.")
+
+
 def level_count(value: int, name: str = "levels") -> int:
     """`value` as an int; `TypeError` unless an integer, `ValueError` unless >= 2."""
     if positive_int(value, name) < 2:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.sde import SDE
+from scoresde.sde import SDE, check_monotone
 
 FLOOR = 0.002
 Grid: TypeAlias = "Callable[..., Tensor]"
@@ -103,12 +103,14 @@ def ends_of(sde: SDE, steps: int, t_max: float | None) -> Tensor:
     high = sde.t_max if t_max is None else float(t_max)
     if not sde.t_min < high <= sde.t_max:
         raise ValueError(f"t_max must lie in ({sde.t_min:g}, {sde.t_max:g}], got {t_max}.")
+    ends = torch.tensor([high, sde.t_min], dtype=torch.float64)
+    check_monotone(sde, ends)
     if float(sde.alpha(high)) == 0.0:
         raise ValueError(
             f"alpha is 0 at t_max = {high:g}, where nothing but noise is left and samplers that divide by it are undefined; set "
             "t_max a little lower in the SDE (RectifiedFlow uses 0.999) or pass t_max."
         )
-    return torch.tensor([high, sde.t_min], dtype=torch.float64)
+    return ends
 
 
 def _by_ratio(

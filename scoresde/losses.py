@@ -34,7 +34,7 @@ from torch import Tensor
 from scoresde import checks
 from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource, Seed
-from scoresde.sde import SDE, sum_event
+from scoresde.sde import SDE, check_monotone, sum_event
 
 WEIGHTINGS = ("sigma2", "likelihood", "edm", "min-snr")
 TIME_SAMPLING = ("uniform", "low-discrepancy", "log-normal", "importance")
@@ -69,6 +69,7 @@ def draw_times(
         # one point in each n-th of the interval, shifted together: uniform each, evenly spread jointly
         u = (u[0] + torch.arange(n, dtype=torch.float64, device=u.device) / n) % 1.0
     ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+    check_monotone(sde, ends)
     high, low = sde.log_snr(ends).tolist()
     if log_snr_range is not None:
         low, high = max(low, log_snr_range[0]), min(high, log_snr_range[1])

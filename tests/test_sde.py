@@ -16,12 +16,17 @@ from scoresde import (
     VESDE,
     VPSDE,
     CosineSDE,
+    DiscreteVPSDE,
     GaussianMixture,
     RectifiedFlow,
+    ScoreNet,
     SubVPSDE,
+    denoising_loss,
+    elbo,
     log_prob,
     sample,
 )
+from scoresde.sde import check_monotone
 
 mp.mp.dps = 50
 B0, B1 = mp.mpf(0.1), mp.mpf(20)
@@ -162,10 +167,10 @@ class Mine(SDE):
     """A process of a user's own: alpha = exp(-4 t^2), sigma = t, and nothing else."""
 
     def alpha(self, t):
-        return torch.exp(-4 * self._time(t) ** 2)
+        return torch.exp(-4 * t**2)
 
     def sigma(self, t):
-        return self._time(t).clone()
+        return t
 
 
 class MyNoise(SDE):
@@ -309,6 +314,130 @@ def test_own_processes_may_be_written_for_tensors_alone(form, ring8):
         x = sample(model, (8, 2), method=method, steps=None if METHODS[method]().nfe_per_step is None else 20, seed=0)
         assert bool(torch.isfinite(x).all()), method
     assert bool(torch.isfinite(log_prob(model, ring8.sample(2, seed=0)).value).all())
+
+
+class Bent(SDE):
+    """A process whose sigma and alpha are whatever is asked for."""
+
+    def __init__(self, alpha, sigma, t_min=1e-3):
+        self.own, self.t_min = (alpha, sigma), t_min
+
+    def alpha(self, t):
+        return self.own[0](t)
+
+    def sigma(self, t):
+        return self.own[1](t)
+
+
+class Zero(torch.nn.Module):
+    """A denoiser that says 0."""
+
+    def forward(self, x, label):
+        return torch.zeros_like(x)
+
+
+OF_TIME = ("alpha", "sigma", "alpha_dot", "sigma_dot", "half_variance_rate", "drift_scale", "diffusion", "log_snr")
+
+
+class Mixin:
+    """No SDE itself; its methods become one's."""
+
+    def alpha(self, t):
+        return torch.exp(-t)
+
+    def log_snr(self, t):
+        return -2 * (t + torch.log(torch.sqrt(t) + 0.1))
+
+
+class Mixed(Mixin, SDE):
+    def sigma(self, t):
+        return torch.sqrt(t) + 0.1
+
+
+@pytest.mark.parametrize("own", [Mine(), Mixed(), Bent(torch.cos, torch.sin)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("name", OF_TIME)
+def test_own_processes_are_checked_like_the_built_in(own, name):
+    """Numbers and tensors of any shape are taken by every function of time; integers and other times are refused."""
+    function = getattr(own, name)
+    assert function(0.5).dtype == torch.float64
+    for shape in ((), (3,), (2, 1, 3), (0,)):
+        t = torch.full(shape, 0.5)
+        got = function(t)
+        assert (got.shape, got.dtype) == (t.shape, t.dtype)
+        torch.testing.assert_close(got, function(torch.tensor(0.5)).expand(shape))
+    for t in (-0.1, 1.1, float("nan"), torch.tensor([0.5, 2.0]), torch.tensor(float("nan"))):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            function(t)
+    for t in (torch.tensor([0, 1]), "0.5", None, True):
+        with pytest.raises(TypeError, match="t must be"):
+            function(t)
+    assert function(0.5).shape == ()  # what failed before leaves nothing behind
+
+
+def test_log_snrs_of_the_wrong_kind(sde):
+    """Integers would be cut to times 0 and 1."""
+    for own in (sde, Mine()):
+        assert 0 < float(own.time(0)) < 1
+        for bad in (torch.tensor([0, 1]), "0", None):
+            with pytest.raises(TypeError, match="log-SNR must be"):
+                own.time(bad)
+
+
+def test_a_function_of_time_that_returns_another_shape():
+    """Not a value per time: nothing is broadcast."""
+    own = Bent(lambda t: torch.ones(3), lambda t: t)
+    with pytest.raises(ValueError, match=r"Bent\.alpha\(t\) has shape \(3,\), expected \(5,\)"):
+        own.alpha(torch.full((5,), 0.5))
+
+
+def test_what_a_schedule_returns_may_be_written_to():
+    """sigma = t hands out no memory of the caller's."""
+    t = torch.full((2,), 0.5)
+    Mine().sigma(t).mul_(3)
+    assert t.tolist() == [0.5, 0.5]
+
+
+BENT = {
+    "sigma negative": (torch.cos, lambda t: t - 0.3),
+    "sigma zero": (torch.cos, lambda t: (t - 0.5).clamp_min(0)),
+    "sigma decreasing": (torch.ones_like, lambda t: 1.5 - t),
+    "sigma with a dip": (torch.ones_like, lambda t: 0.1 + t - 0.4 * torch.exp(-(((t - 0.6) / 0.05) ** 2))),
+    "sigma constant": (torch.ones_like, torch.ones_like),
+    "alpha negative": (lambda t: 0.7 - t, lambda t: 0.1 + t),
+    "alpha zero": (torch.zeros_like, lambda t: 0.1 + t),
+    "alpha increasing": (lambda t: torch.exp(3 * t), lambda t: 0.1 + t),
+    "alpha not finite": (lambda t: torch.where(t > 0.5, torch.nan, 1.0), lambda t: 0.1 + t),
+}
+
+
+@pytest.mark.parametrize("kind", BENT)
+def test_processes_that_gain_signal_are_refused(kind, ring8):
+    """By every sampler, on its own grid and a given one, by likelihoods, bounds and losses: with t and the values."""
+    sde = Bent(*BENT[kind])
+    model = ScoreNet(Zero(), sde, "denoise")
+    x, said = torch.zeros(2, 2), r"Bent .*t = 0?\.?[0-9]"
+    for method in METHODS:
+        with pytest.raises(ValueError, match=said):
+            sample(model, (2, 2), method=method, steps=4, seed=0)
+    for call in (
+        lambda: sample(model, (2, 2), method="ddim", grid=[1.0, 0.7, 0.2, 1e-3], seed=0),
+        lambda: log_prob(model, x),
+        lambda: elbo(model, x, seed=0),
+        lambda: denoising_loss(model, x, seed=0),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_processes_that_end_in_nothing_or_in_all_noise_are_processes(sde):
+    """sigma = 0 at the first time, alpha = 0 at the last, and every built-in from end to end, seen as a user's."""
+    check_monotone(Bent(lambda t: 1 - t, lambda t: t, 0.0), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
+    close = torch.tensor([0.5, 0.5 - 1e-15, 0.5 - 2e-15, 0.1], dtype=torch.float64)
+    for process in (sde, VPSDE(t_min=0.0), DiscreteVPSDE.linear()):
+        seen = Bent(process.alpha, process.sigma)
+        check_monotone(seen, torch.linspace(process.t_max, process.t_min, 1001, dtype=torch.float64))
+        check_monotone(seen, close)
+        check_monotone(seen, close[:1])
 
 
 def test_a_process_whose_alpha_is_zero_at_t_max_is_named(ring8):

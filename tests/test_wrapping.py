@@ -1,6 +1,7 @@
 """Models around models: what a wrapper does not change is the inner model's, now and later; clipped denoisers."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -154,7 +155,7 @@ class Roughly(nn.Module):
 def cosine_steps(n=1000):
     """The discrete cosine schedule of Nichol & Dhariwal 2021, which ends at a signal of 5e-5."""
     product = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-    return DiscreteVPSDE([min(1 - b / a, 0.999) for a, b in zip(product[:-1], product[1:], strict=True)])
+    return DiscreteVPSDE([min(1 - b / a, 0.999) for a, b in itertools.pairwise(product)])
 
 
 @pytest.mark.parametrize("method", ["ddim", "dpm++2m", "ancestral"])
@@ -191,5 +192,5 @@ def test_clipping_nothing_changes_no_density(full3):
 
 @pytest.mark.parametrize(("low", "high"), [(1, -1), (0, 0), (math.nan, 1), (0, math.inf), ("a", 1)])
 def test_clipped_ranges_are_checked(low, high):
-    with pytest.raises(ValueError, match="low < high|two numbers"):
+    with pytest.raises(ValueError, match=r"low < high|two numbers"):
         Clipped(ScoreNet(nn.Identity(), VPSDE()), low, high)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from scoresde import checks, conditions
 from scoresde.models.prepared import PreparedModel, denoiser_affine
 from scoresde.modes import device_of
-from scoresde.sde import SDE, expand
+from scoresde.sde import SDE, check_monotone, expand
 
 
 class ScoreModel(nn.Module, ABC):
@@ -199,11 +199,12 @@ def require_model(model: Any) -> ScoreModel:
 
 
 def check_input(model: Any, x: Any, cond: Any = None, name: str = "x") -> None:
-    """What every computation on data asks of (model, x, cond): types, shapes, finite values, one device."""
+    """What every computation on data asks of (model, x, cond): types, shapes, finite values, a sound process, one device."""
     require_model(model)
     checks.batch(x, name)
     model.check_event(tuple(x.shape[1:]))
     checks.finite(x, name)
+    check_monotone(model.sde, torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64))
     conditions.check(cond, x.shape[0])
     home = device_of(model)
     if x.device.type != home.type:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import checks
+from scoresde.sde import check_monotone
 
 
 class Row(NamedTuple):
@@ -51,6 +52,7 @@ class PreparedModel:
         self.sigma_data = model.sigma_data
         self.batch_size, self.device = x.shape[0], x.device
         self.rows: dict[float, Row] = {}
+        check_monotone(self.sde, times)
         self.add_times(times)
 
     def __getattr__(self, name: str) -> Any:

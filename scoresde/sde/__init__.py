@@ -1,6 +1,6 @@
 """Forward processes: alpha(t) and sigma(t), and all that follows from them."""
 
-from scoresde.sde.base import SDE, expand, sum_event
+from scoresde.sde.base import SDE, check_monotone, expand, sum_event
 from scoresde.sde.beta import DiscreteVPSDE
 from scoresde.sde.processes import EDMSDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE
 
@@ -18,6 +18,7 @@ __all__ = [
     "DiscreteVPSDE",
     "RectifiedFlow",
     "SubVPSDE",
+    "check_monotone",
     "expand",
     "sum_event",
 ]

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,21 +61,22 @@ class SDE(ABC):
         """Noise standard deviation sigma(t), same shape as t."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """A subclass' alpha and sigma may be written for tensors alone, and may return a constant."""
+        """A subclass' functions may be written for tensors of times in [0, 1] alone, and may return a constant."""
         super().__init_subclass__(**kwargs)
-        for name in ("alpha", "sigma"):
-            if name in vars(cls):
-                setattr(cls, name, _schedule(vars(cls)[name]))
+        for name in (*_OF_TIME, "time"):
+            function = getattr(cls, name)  # of a mixin, maybe
+            if not getattr(function, "is_schedule", False) and not getattr(function, "__isabstractmethod__", False):
+                setattr(cls, name, _schedule(function, checks.log_snr_like if name == "time" else checks.time_like))
 
     # -- derived, overridable ------------------------------------------------------------------------------------
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
         """d alpha / dt."""
-        return derivative(self.alpha, self._time(t))
+        return derivative(self.alpha, t)
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         """d sigma / dt."""
-        return derivative(self.sigma, self._time(t))
+        return derivative(self.sigma, t)
 
     def half_variance_rate(self, t: Tensor | float) -> Tensor:
         """sigma d sigma / dt, which stays finite where sigma = 0."""
@@ -107,7 +110,7 @@ class SDE(ABC):
 
         Values beyond the schedule's own give the nearest end here; the closed forms of subclasses continue past it.
         """
-        target = as_tensor(log_snr)
+        target = log_snr
         return bisect(lambda t: -self.log_snr(t), -target).to(target.dtype)
 
     def perturb(self, x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
@@ -140,27 +143,42 @@ class SDE(ABC):
         std = self.prior_std
         return -0.5 * sum_event(x.double() ** 2) / std**2 - d * (0.5 * math.log(2 * math.pi) + math.log(std))
 
-    # -- private -------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _time(t: Tensor | float) -> Tensor:
-        checks.time_like(t)
-        return as_tensor(t)
+_OF_TIME = (
+    "alpha", "sigma", "alpha_dot", "sigma_dot", "half_variance_rate", "drift_scale", "diffusion", "log_snr"
+)  # fmt: skip
+_nested = threading.local()
 
 
-def _schedule(function: Callable[[SDE, Tensor], Tensor]) -> Callable[[SDE, Tensor | float], Tensor]:
-    """`function` for numbers too (as float64 tensors), its result of t's shape."""
+def _schedule(function: Callable[..., Any], check: Callable[[Any], None]) -> Callable[[SDE, Tensor | float], Tensor]:
+    """`function` for numbers too (as float64 tensors), of what passes `check` alone, its result of the argument's shape.
+
+    These functions call one another; what the outermost was given is checked, once.
+    """
 
     @functools.wraps(function)
     def wrapped(self: SDE, t: Tensor | float) -> Tensor:
-        if not isinstance(t, Tensor):
-            checks.time_like(t)
+        outer = not getattr(_nested, "inside", False)
+        if outer:
+            check(t)
+            _nested.inside = True
+        try:
             t = as_tensor(t)
-        value = function(self, t)
+            value = function(self, t)
+        finally:
+            if outer:
+                _nested.inside = False
+        if value is t:  # which the caller may write to
+            return t.clone()
         if not isinstance(value, Tensor):
             value = torch.full_like(t, value)
-        return value if value.shape == t.shape else value.expand(t.shape)
+        if value.shape == t.shape:
+            return value
+        if value.dim():
+            checks.same_shape(value, t.shape, f"{type(self).__name__}.{function.__name__}(t)")
+        return value.expand(t.shape)
 
+    wrapped.is_schedule = True
     return wrapped
 
 
@@ -185,3 +203,37 @@ def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 def check_t_min(t_min: float) -> None:
     if not 0.0 <= t_min < 1.0:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min}; samplers run from t_max = 1 down to t_min.")
+
+
+def check_monotone(sde: SDE, times: Tensor) -> None:
+    """`ValueError` naming t and the values unless a user's `sde` loses signal all the way through float64 `times` on the CPU.
+
+    That is, on these times and on 64 equal parts between their ends: alpha > 0 and sigma > 0, except that sigma may be 0 at the
+    first and alpha at the last, and sigma/alpha increases. Steps, weights and densities mean nothing otherwise.
+    """
+    if type(sde).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return  # ours are so by construction, and a solve in a hundred steps is short
+    given = times.detach().double().sort().values
+    low, high = float(given[0]), float(given[-1])
+    t = torch.cat([given, torch.linspace(low, high, 65, dtype=torch.float64)])
+    alpha, sigma = sde.alpha(t).detach(), sde.sigma(t).detach()
+    sound = torch.isfinite(alpha) & torch.isfinite(sigma)
+    sound &= (alpha > 0) | ((alpha == 0) & (t == high))
+    sound &= (sigma > 0) | ((sigma == 0) & (t == low))
+    if not bool(sound.all()):
+        i = int((~sound).nonzero()[0])
+        raise ValueError(
+            f"{type(sde).__name__} has alpha = {float(alpha[i]):g} and sigma = {float(sigma[i]):g} at t = {float(t[i]):g}; both must "
+            "be finite and > 0 (sigma may be 0 at the first time, alpha at the last)."
+        )
+    rise = (sigma.log() - alpha.log()).diff()
+    flat = rise <= 0
+    flat[: len(given)] = rise[: len(given)] < -1e-9  # times that are close may differ by rounding alone
+    flat[len(given) - 1] = False  # from the last time back to the first
+    if low < high and bool(flat.any()):
+        i = int(flat.nonzero()[0])
+        values = " and ".join(f"{float(sigma[k] / alpha[k]):g} at t = {float(t[k]):g}" for k in (i, i + 1))
+        raise ValueError(
+            f"{type(sde).__name__} does not lose signal all the way: sigma/alpha is {values}, and has to increase with t "
+            "(its log-SNR has to decrease strictly)."
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.numerics import bisect
-from scoresde.sde.base import SDE, as_tensor, check_t_min, safe_log
+from scoresde.sde.base import SDE, check_t_min, safe_log
 
 
 class BetaSDE(SDE):
@@ -27,13 +27,13 @@ class BetaSDE(SDE):
         raise NotImplementedError
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.exp(-0.5 * self._integral(self._time(t)))
+        return torch.exp(-0.5 * self._integral(t))
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
         return self.drift_scale(t) * self.alpha(t)
 
     def drift_scale(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self._beta(self._time(t))
+        return -0.5 * self._beta(t)
 
     @property
     def prior_std(self) -> float:
@@ -44,27 +44,25 @@ class VariancePreserving(BetaSDE):
     """sigma^2 = 1 - alpha^2 and g = sqrt(beta)."""
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return torch.sqrt(-torch.expm1(-self._integral(self._time(t))))
+        return torch.sqrt(-torch.expm1(-self._integral(t)))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        t = self._time(t)
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
     def half_variance_rate(self, t: Tensor | float) -> Tensor:
-        return 0.5 * self._beta(self._time(t)) * self.alpha(t) ** 2
+        return 0.5 * self._beta(t) * self.alpha(t) ** 2
 
     def diffusion(self, t: Tensor | float) -> Tensor:
-        return self._beta(self._time(t)).sqrt()
+        return self._beta(t).sqrt()
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        b = self._integral(self._time(t))
+        b = self._integral(t)
         return -b - safe_log(-torch.expm1(-b))
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        lam = as_tensor(log_snr)
-        wide = -lam.double()  # softplus written out: torch's own returns its argument above 20
+        wide = -log_snr.double()  # softplus written out: torch's own returns its argument above 20
         b = wide.clamp_min(0) + torch.log1p(torch.exp(-wide.abs()))
-        return self._integral_inverse(b).to(lam.dtype)
+        return self._integral_inverse(b).to(log_snr.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.sde.base import SDE, as_tensor, check_t_min, safe_log
+from scoresde.sde.base import SDE, check_t_min, safe_log
 from scoresde.sde.beta import BetaSDE, VariancePreserving
 
 
@@ -46,37 +46,34 @@ class SubVPSDE(_LinearBeta):
     """Sub-variance-preserving (Song et al. 2021, equations 12 and 29): sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2B))."""
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return -torch.expm1(-self._integral(self._time(t)))
+        return -torch.expm1(-self._integral(t))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        t = self._time(t)
         return self._beta(t) * self.alpha(t) ** 2
 
     def diffusion(self, t: Tensor | float) -> Tensor:
-        t = self._time(t)
         return torch.sqrt(-self._beta(t) * torch.expm1(-2 * self._integral(t)))
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        b = self._integral(self._time(t))
+        b = self._integral(t)
         return -b - 2 * safe_log(-torch.expm1(-b))
 
     def time(self, log_snr: Tensor | float) -> Tensor:
         # r = alpha / (1 - alpha^2) solved for alpha, in the form that is exact on either side of r = 1
-        lam = as_tensor(log_snr)
-        r = torch.exp(0.5 * lam.double())
+        r = torch.exp(0.5 * log_snr.double())
         sigma = 2 / (1 + torch.sqrt(1 + 4 * r * r))
         b = torch.where(r < 1, -2 * safe_log(r * sigma), -torch.log1p(-sigma.clamp_max(0.9)))
-        return self._integral_inverse(b).to(lam.dtype)
+        return self._integral_inverse(b).to(log_snr.dtype)
 
 
 class _VarianceExploding(SDE):
     """alpha = 1: the noise is added to data that keep their scale."""
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(self._time(t))
+        return torch.ones_like(t)
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(self._time(t))
+        return torch.zeros_like(t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +93,7 @@ class VESDE(_VarianceExploding):
         return math.log(self.sigma_max / self.sigma_min)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return self.sigma_min * torch.exp(self._time(t) * self._log_ratio)
+        return self.sigma_min * torch.exp(t * self._log_ratio)
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         return self.sigma(t) * self._log_ratio
@@ -105,7 +102,7 @@ class VESDE(_VarianceExploding):
         return self.sigma(t) * math.sqrt(2 * self._log_ratio)
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        return (-0.5 * as_tensor(log_snr) - math.log(self.sigma_min)) / self._log_ratio
+        return (-0.5 * log_snr - math.log(self.sigma_min)) / self._log_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +128,15 @@ class EDMSDE(_VarianceExploding):
 
     def sigma(self, t: Tensor | float) -> Tensor:
         low, high = self._ends
-        return (low + self._time(t) * (high - low)) ** self.rho
+        return (low + t * (high - low)) ** self.rho
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         low, high = self._ends
-        return self.rho * (high - low) * (low + self._time(t) * (high - low)) ** (self.rho - 1)
+        return self.rho * (high - low) * (low + t * (high - low)) ** (self.rho - 1)
 
     def time(self, log_snr: Tensor | float) -> Tensor:
         low, high = self._ends
-        return (torch.exp(-0.5 * as_tensor(log_snr) / self.rho) - low) / (high - low)
+        return (torch.exp(-0.5 * log_snr / self.rho) - low) / (high - low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +166,7 @@ class CosineSDE(SDE):
 
     def _theta(self, t: Tensor | float) -> tuple[Tensor, float]:
         low, high = self._ends
-        return low + self._time(t) * (high - low), high - low
+        return low + t * (high - low), high - low
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.cos(self._theta(t)[0])
@@ -191,8 +188,7 @@ class CosineSDE(SDE):
 
     def time(self, log_snr: Tensor | float) -> Tensor:
         low, high = self._ends
-        lam = as_tensor(log_snr)
-        return ((torch.atan(torch.exp(-0.5 * lam.double())) - low) / (high - low)).to(lam.dtype)
+        return ((torch.atan(torch.exp(-0.5 * log_snr.double())) - low) / (high - low)).to(log_snr.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,16 +208,16 @@ class RectifiedFlow(SDE):
             raise ValueError(f"t_max must lie in (t_min, 1], got t_min={self.t_min}, t_max={self.t_max}.")
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return 1 - self._time(t)
+        return 1 - t
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return self._time(t).clone()
+        return t
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        return -torch.ones_like(self._time(t))
+        return -torch.ones_like(t)
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(self._time(t))
+        return torch.ones_like(t)
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        return torch.sigmoid(-0.5 * as_tensor(log_snr))
+        return torch.sigmoid(-0.5 * log_snr)
