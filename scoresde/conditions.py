@@ -59,6 +59,15 @@ def repeat(cond: Any, times: int) -> Any:
     return each(cond, lambda value: value.repeat(times, *(1,) * (value.dim() - 1)))
 
 
+def copy(cond: Any) -> Any:
+    """The same condition in memory of its own; what is no part of a condition as it is."""
+    if isinstance(cond, Tensor):
+        return cond.clone()
+    if type(cond) is dict:
+        return {k: copy(v) for k, v in cond.items()}
+    return type(cond)(copy(v) for v in cond) if type(cond) in (tuple, list) else cond
+
+
 def row_count(cond: Any) -> int:
     """How many examples a condition is for: rows of its first tensor that has any; 0 where there is none."""
     return next((len(value) for value in tensors(cond) if value.dim() and len(value)), 0)

@@ -78,7 +78,7 @@ class ScoreModel(nn.Module, ABC):
     def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
         """The pair (denoise, noise) from one evaluation."""
         t = self.time_of(t, x)
-        denoised = self.denoise(x, t, cond)
+        denoised = self.denoise(x.clone(), t, cond)  # which may write into what it is given
         return denoised, (x - expand(self.sde.alpha(t), x) * denoised) / expand(self.sde.sigma(t), x)
 
     def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:

@@ -183,7 +183,7 @@ class ScoreNet(ScoreModel):
 
     def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         if self.parameterization == "score" and not self._redefined:
-            return self.output(x, self.time_of(t, x), cond)
+            return self.output(x, self.time_of(t, x), cond).clone()
         return super().score(x, t, cond)
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
@@ -191,7 +191,7 @@ class ScoreNet(ScoreModel):
             return super().velocity(x, t, cond)
         t = self.time_of(t, x)
         if self.parameterization == "velocity":
-            return self.output(x, t, cond)
+            return self.output(x, t, cond).clone()
         if self.parameterization in _FROM_NOISE:
             # alpha'/alpha x + (sigma' - sigma alpha'/alpha) eps: the form that never divides by sigma
             rate = self.sde.alpha_dot(t) / self.sde.alpha(t)

@@ -223,8 +223,8 @@ def check_monotone(sde: SDE, times: Tensor) -> None:
     if not bool(sound.all()):
         i = int((~sound).nonzero()[0])
         raise ValueError(
-            f"{type(sde).__name__} has alpha = {float(alpha[i]):g} and sigma = {float(sigma[i]):g} at t = {float(t[i]):g}; both must "
-            "be finite and > 0 (sigma may be 0 at the first time, alpha at the last)."
+            f"{type(sde).__name__} has alpha = {float(alpha[i]):g} and sigma = {float(sigma[i]):g} at t = {float(t[i]):g}; "
+            "both must be finite and > 0 (sigma may be 0 at the first time, alpha at the last)."
         )
     rise = (sigma.log() - alpha.log()).diff()
     flat = rise <= 0
