@@ -362,7 +362,7 @@ def test_the_network_is_given_features_label_and_condition():
         assert tuple(features.shape) == (3, QuantizedScoreNet.input_channels(2), 4)
         assert QuantizedScoreNet.input_channels(2) == 18
         assert label.tolist() == pytest.approx([expected] * 3, abs=1e-6)
-        assert given_cond is cond
+        assert torch.equal(given_cond, cond)
         scale = math.hypot(float(sde.sigma(t)), 0.5 * float(sde.alpha(t)))
         torch.testing.assert_close(features[:, :2], x / scale)
         assert float(features[:, 2:].abs().max()) <= 1.0
