@@ -51,7 +51,7 @@ def weight(sde: SDE, t: Tensor, weighting: str, sigma_data: float = 1.0) -> Tens
         return (sde.diffusion(t) / sde.sigma(t)) ** 2
     snr = sde.log_snr(t).exp()
     if weighting == "edm":
-        return 1 + 1 / (snr * sigma_data**2)
+        return 1 + 1 / (snr * checks.positive(sigma_data, "sigma_data") ** 2)
     return (MIN_SNR_GAMMA / snr).clamp_max(1.0)
 
 
@@ -72,6 +72,8 @@ def draw_times(
     check_monotone(sde, ends)
     high, low = sde.log_snr(ends).tolist()
     if log_snr_range is not None:
+        if len(log_snr_range) != 2 or not log_snr_range[0] < log_snr_range[1]:  # NaN too
+            raise ValueError(f"log_snr_range must be (low, high) with low < high, got {log_snr_range}.")
         low, high = max(low, log_snr_range[0]), min(high, log_snr_range[1])
         if not low < high:
             raise ValueError(f"log_snr_range {log_snr_range} does not meet the schedule's log-SNRs.")
@@ -119,20 +121,27 @@ def denoising_loss(
     """Denoising score matching: w(t) ||noise(x_t, t) - eps||^2, summed over each example; shape (B,).
 
     `weighting` and `time_sampling` as in the module's docstring; x0 (B, *). With the likelihood weighting, half the mean times
-    (t_max - t_min) is the part of the negative ELBO, in nats, that depends on the model. Raises `ValueError` for an
-    unknown weighting or time sampling and for NaN in x0 (looked for on a CPU only), `TypeError` for integer data.
+    (t_max - t_min) is the part of the negative ELBO, in nats, that depends on the model. The noise is added, and the loss
+    computed, in float32 at least, whatever the dtype of x0; the network is given x_t in its own. Raises `ValueError` for an
+    unknown weighting or time sampling, and (looked for on a CPU only) for NaN in x0 or in a weight; `TypeError` for integers.
     """
     checks.batch(x0, "x0")
     if x0.shape[0] == 0:
         raise ValueError("x0 is an empty batch; a loss needs at least one example.")
     if x0.device.type == "cpu":  # elsewhere a look at the values would stall the device at every step
         checks.finite(x0, "x0")
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))  # in half precision little noise would be rounded away
     source = RandomSource(seed, x0.device, x0.shape[0])
     t, ratio = draw_times(model.sde, x0.shape[0], time_sampling, source, log_snr_range)
     eps = source.normal(x0.shape, x0.dtype)
     x = model.sde.perturb(x0, t, eps)
-    error = sum_event((model.noise(x, t, cond) - eps).square().to(torch.promote_types(x0.dtype, torch.float32)))
+    error = sum_event((model.noise(x, t, cond) - eps).square())
     factor = weight(model.sde, t, weighting, model.sigma_data) * ratio
+    if x0.device.type == "cpu" and not bool(torch.isfinite(factor).all()):
+        at = float(t[~torch.isfinite(factor)][0])
+        raise ValueError(
+            f"the weighting {weighting!r} is not finite for {type(model.sde).__name__} at t = {at:g}; raise its t_min."
+        )
     return factor.to(error.dtype) * error
 
 

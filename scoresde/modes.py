@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 
+_LOCK = threading.Lock()
+_HELD: weakref.WeakKeyDictionary[nn.Module, int] = (
+    weakref.WeakKeyDictionary()
+)  # by how many computations, out of training mode
+
+
 @contextlib.contextmanager
 def evaluating(module: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """No gradients (unless asked for), dropout and the like off; every submodule's own mode is restored afterwards."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
+    """No gradients (unless asked for), dropout and the like off; every submodule's own mode is restored afterwards.
+
+    Several threads may be in here with one module, or with modules that share some: the last one out restores the mode.
+    """
+    with _LOCK:
+        held = [m for m in module.modules() if m.training or m in _HELD]
+        for m in held:
+            _HELD[m] = _HELD.get(m, 0) + 1
+        module.eval()
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             yield
     finally:
-        for m in training:
-            m.training = True
+        with _LOCK:
+            for m in held:
+                _HELD[m] -= 1
+                if not _HELD[m]:
+                    del _HELD[m]
+                    m.training = True
 
 
 def device_of(module: nn.Module) -> torch.device:

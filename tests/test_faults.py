@@ -3,14 +3,16 @@
 Elsewhere: 1 NaN from the network (test_samplers, test_ode, test_likelihood); 3, 4, 11 times and schedules (test_sde);
 5, 6, 12, 13 empty batches, shapes, few steps, zero score (test_samplers, test_likelihood, test_model); 8, 9 levels and
 ranges (test_likelihood); 10 half precision (test_model, test_likelihood); 14 seeds and chunks (test_rng, test_samplers);
-15, 16, 19, 20 checkpoints (test_train); 25, 37 data that are not what they say (test_data); 27 full disks and Ctrl-C
-(test_program); 28 runs and their folders (test_runs).
+15, 16, 19, 20 checkpoints (test_train); 21, 22 networks that write in place or return no numbers (test_impure_networks);
+24 seeds (test_rng); 25, 37 data that are not what they say (test_data); 26 options (test_model_options); 27 full disks and
+Ctrl-C (test_program); 28 runs and their folders (test_runs); 30 half precision in losses (test_losses).
 """
 
 import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,49 @@ def test_chunks_and_threads(ring8):
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+
+
+def test_two_threads_sample_one_network_in_training_mode():
+    """Fault 33: dropout is off for both, whoever comes or goes first, and the mode is put back by the last."""
+
+    class Waits(nn.Module):
+        """Notes whether it is in training mode at every call; the first call of a thread waits for its turn."""
+
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+            self.turns, self.seen = {}, []
+
+        def forward(self, x, label):
+            turn = self.turns.pop(threading.get_ident(), None)
+            if turn:
+                turn[0].set()
+                assert turn[1].wait(60)
+            self.seen.append(self.training or self.dropout.training)
+            return self.dropout(0.5 * x)
+
+    net = Waits()
+    models = ScoreNet(net, VPSDE()), ScoreNet(net, VPSDE())
+    expected = sample(ScoreNet(net.eval(), VPSDE()), (4, 2), method="ddim", steps=3, seed=0)
+    for model in models:
+        model.train()
+    net.frozen.eval()
+    came, leave, results = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()], {}
+
+    def work(i):
+        net.turns[threading.get_ident()] = came[i], leave[i]
+        results[i] = sample(models[i], (4, 2), method="ddim", steps=3, seed=0)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for i in range(2):  # the first is inside when the second comes, and leaves before it
+        threads[i].start()
+        assert came[i].wait(60)
+    for i in range(2):
+        leave[i].set()
+        threads[i].join(60)
+        assert net.training == (i == 1)
+    assert not any(net.seen)
+    assert torch.equal(results[0], expected)
+    assert torch.equal(results[1], expected)
+    assert net.dropout.training
+    assert not net.frozen.training

@@ -332,3 +332,55 @@ def test_nan_in_the_data(ring8):
     x0[2, 1] = float("nan")
     with pytest.raises(ValueError, match=r"x0.*\[2\]"):
         denoising_loss(ring8.diffuse(VPSDE()), x0, seed=0)
+
+
+class Weighted(nn.Module):
+    """A noise prediction that is one number times x, in a dtype of its own; keeps what it was given."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5, dtype=dtype))
+
+    def forward(self, x, label):
+        self.seen = x.detach().clone()
+        return self.gain * x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(sigma_min=1e-4)], ids=lambda s: type(s).__name__)
+def test_low_precision_data_get_all_of_the_noise(sde, dtype):
+    """The noise on half-precision latents is that of the float32 latents, at every t; the loss is float32."""
+    x0 = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    nets = Weighted(torch.float32), Weighted(torch.float32)
+    losses = [denoising_loss(ScoreNet(net, sde), x, seed=0) for net, x in zip(nets, (x0, x0.float()), strict=True)]
+    assert torch.equal(nets[0].seen, nets[1].seen)
+    assert losses[0].dtype == torch.float32
+    assert torch.equal(*losses)
+    half = Weighted(dtype)
+    loss = denoising_loss(ScoreNet(half, sde), x0, seed=0)
+    assert half.seen.dtype == dtype
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, losses[1], rtol=0.02, atol=0.02)
+    loss.mean().backward()
+    assert half.gain.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("bad", [(float("nan"), 1.0), (0.0, float("nan")), (2.0, 1.0), (1.0,), (0.0, 1.0, 2.0)])
+def test_ranges_of_log_snr_are_checked(bad):
+    """NaN was ignored."""
+    with pytest.raises(ValueError, match="log_snr_range"):
+        denoising_loss(ScoreNet(Weighted(torch.float32), VPSDE()), torch.zeros(4, 2), seed=0, log_snr_range=bad)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    """An infinite weight would make the whole loss NaN or infinite."""
+
+    class Starts(VPSDE):
+        def diffusion(self, t):
+            return torch.where(t < 0.5, torch.inf, super().diffusion(t))
+
+    model = ScoreNet(Weighted(torch.float32), Starts())
+    with pytest.raises(ValueError, match=r"'likelihood' is not finite for Starts at t = 0\."):
+        denoising_loss(model, torch.zeros(4, 2), seed=0, weighting="likelihood")
+    with pytest.raises(ValueError, match="sigma_data"):
+        weight(VPSDE(), torch.tensor(0.5), "edm", math.nan)
