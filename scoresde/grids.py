@@ -70,21 +70,26 @@ def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
 
 
 def given(times: Sequence[float] | Tensor) -> Grid:
-    """A grid of exactly these times; `steps` has to agree. Raises `ValueError` unless they decrease strictly in [0, 1]."""
+    """A grid of exactly these times; `steps` has to agree.
+
+    Raises `TypeError` for what is no sequence of real numbers (booleans and complex numbers are none), `ValueError` unless they
+    decrease strictly within [0, 1].
+    """
     try:
         t = torch.as_tensor(times)
-    except (TypeError, ValueError, RuntimeError) as e:
+        real = not (t.is_complex() or t.dtype == torch.bool)
+    except (TypeError, ValueError, RuntimeError):
+        real = False
+    if not real:
         raise TypeError(
-            f"a time grid must be numbers, or a function such as scoresde.grids.karras, got {times!r}."
-        ) from e
-    if t.dtype == torch.bool or t.is_complex():
-        raise TypeError(f"a time grid must hold real numbers, got {t.dtype}.")
-    t = torch.as_tensor(times, dtype=torch.float64)  # Python's numbers would have become float32
+            f"a time grid must be real numbers, or a function such as scoresde.grids.karras, got {_shown(times)}."
+        )
+    t = torch.as_tensor(times, dtype=torch.float64, device="cpu")  # Python's numbers would have become float32
     if t.dim() != 1:
         raise ValueError(f"a time grid must be one-dimensional, got shape {tuple(t.shape)}.")
     if t.numel() < 2 or not bool((t[1:] < t[:-1]).all()) or not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
-            f"a time grid must decrease strictly within [0, 1] and have at least two times, got {t.tolist()}."
+            f"a time grid must decrease strictly within [0, 1] and have at least two times, got {_shown(t.tolist())}."
         )
 
     def grid(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:
@@ -95,6 +100,11 @@ def given(times: Sequence[float] | Tensor) -> Grid:
         return t
 
     return grid
+
+
+def _shown(value: object, limit: int = 200) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 def ends_of(sde: SDE, steps: int, t_max: float | None) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-
 _LOCK = threading.Lock()
 _HELD: weakref.WeakKeyDictionary[nn.Module, int] = (
     weakref.WeakKeyDictionary()

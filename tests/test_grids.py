@@ -1,12 +1,14 @@
 """Time grids: ends, spacing, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given as cases
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, RectifiedFlow, SubVPSDE, sample
+from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE, sample
 from scoresde.grids import angle, balanced, cosine, given, karras, uniform_log_snr, uniform_time
 from scoresde.samplers import DDIM, time_grid
 
@@ -109,3 +111,49 @@ def test_steps_that_contradict_a_grid(ring8):
     """steps=5 with a grid of 2 intervals is a contradiction, not a choice."""
     with pytest.raises(ValueError, match="2 steps, asked for 5"):
         time_grid(DDIM(), ring8.diffuse(VPSDE()), 5, [1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [True, False],
+        torch.tensor([True, False]),
+        [1 + 0j, 0j],
+        torch.tensor([1.0, 0.5], dtype=torch.complex64),
+        ["1", "0"],
+        "grid",
+        None,
+        [[1.0], [0.5, 0.2]],
+    ],
+)
+def test_times_that_are_no_real_numbers(times):
+    """Booleans were taken for 1 and 0, complex numbers lost their imaginary part."""
+    with pytest.raises(TypeError, match="real numbers"):
+        given(times)
+
+
+def test_a_long_grid_is_not_printed_whole():
+    """The error is one line."""
+    with pytest.raises(ValueError, match="decrease strictly") as e:
+        given(torch.linspace(0, 1, 10_000))
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: VPSDE(t_min="a"), "t_min"),
+        (lambda: VPSDE(t_min=math.nan), "t_min"),
+        (lambda: CosineSDE(log_snr_min="a"), "log_snr_min"),
+        (lambda: CosineSDE(log_snr_max=math.nan), "log_snr_max"),
+        (lambda: RectifiedFlow(t_max=True), "t_max"),
+        (lambda: DiscreteVPSDE(0.1), "betas"),
+        (lambda: DiscreteVPSDE([0.1, None]), "betas"),
+        (lambda: DiscreteVPSDE([0.1, 0.2j]), "betas"),
+        (lambda: DiscreteVPSDE([0.1, math.nan]), "beta"),
+    ],
+)
+def test_schedules_of_the_wrong_kind(make, name):
+    """One line that names the option."""
+    with pytest.raises((TypeError, ValueError), match=name):
+        make()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde import checks
 from scoresde.models.base import ScoreModel
 from scoresde.models.wrapping import WrappedModel
 from scoresde.sde import expand
@@ -44,10 +45,8 @@ class ClassifierFreeGuidance(WrappedModel):
         unconditional: Any = None,
     ):
         super().__init__(model)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number, got {scale}.")
-        self.scale = float(scale)
-        if interval is not None and not 0 <= interval[0] < interval[1]:
+        self.scale = checks.number(scale, "scale")
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             raise ValueError(f"interval must be (low, high) noise levels with 0 <= low < high, got {interval}.")
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
         self.unconditional = unconditional

@@ -201,7 +201,7 @@ def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def check_t_min(t_min: float) -> None:
-    if not 0.0 <= t_min < 1.0:
+    if not 0.0 <= checks.number(t_min, "t_min") < 1.0:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min}; samplers run from t_max = 1 down to t_min.")
 
 

@@ -80,7 +80,10 @@ class DiscreteVPSDE(VariancePreserving):
     t_min: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        try:
+            object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"betas must be a sequence of real numbers, got {type(self.betas).__name__}: {e}.") from e
         if len(self.betas) < 2 or not all(0.0 < b < 1.0 for b in self.betas):
             raise ValueError(
                 f"betas must be at least two numbers in (0, 1), got {len(self.betas)} from {min(self.betas, default=None)} "

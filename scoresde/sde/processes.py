@@ -152,9 +152,7 @@ class CosineSDE(SDE):
     t_min: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.log_snr_min) and math.isfinite(self.log_snr_max)):
-            raise ValueError(f"log_snr_min and log_snr_max must be finite, got {self.log_snr_min}, {self.log_snr_max}.")
-        if self.log_snr_min >= self.log_snr_max:
+        if checks.number(self.log_snr_min, "log_snr_min") >= checks.number(self.log_snr_max, "log_snr_max"):
             raise ValueError(
                 f"log_snr_min must be smaller than log_snr_max, got {self.log_snr_min}, {self.log_snr_max}."
             )
@@ -204,7 +202,7 @@ class RectifiedFlow(SDE):
 
     def __post_init__(self) -> None:
         check_t_min(self.t_min)
-        if not self.t_min < self.t_max <= 1.0:
+        if not self.t_min < checks.number(self.t_max, "t_max") <= 1.0:
             raise ValueError(f"t_max must lie in (t_min, 1], got t_min={self.t_min}, t_max={self.t_max}.")
 
     def alpha(self, t: Tensor | float) -> Tensor:

@@ -51,9 +51,9 @@ def digest_of(splits: tuple[Images, Images]) -> str:
 def build_model(options: TrainOptions, images: Images) -> ScoreModel:
     """An untrained model for these images; its initial parameters depend on `options.seed` alone."""
     channels, *size = images.event_shape
-    common: dict[str, Any] = dict(sigma_data=options.sigma_data, event_shape=images.event_shape)
-    if hasattr(ScoreModel, "data_mean"):
-        common["data_mean"] = mean_of(images)
+    common: dict[str, Any] = dict(
+        sigma_data=options.sigma_data, data_mean=mean_of(images), event_shape=images.event_shape
+    )
     quantized = options.parameterization == "levels"
     coarse = 2 ** (len(options.channels) - 1)  # pixels to one of the lowest resolution
     with seeded(derive(options.seed, 0x1217)):
