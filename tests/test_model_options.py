@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from scoresde import VPSDE, GaussianMixture, NoiseLabel, QuantizedScoreNet, ScoreModel, ScoreNet
+from scoresde.nets import MLP, LeanUNet
 
 BAD = {
     "levels": ["x", -1, 1, True, 2.0, math.nan],
@@ -94,3 +95,18 @@ def test_data_mean_of_a_mixture_is_exact():
     )
     expected = torch.tensor([3.0, 1.0], dtype=torch.float64).reshape(1, 2, 1)
     assert torch.equal(mixture.diffuse(VPSDE()).data_mean, expected)
+
+
+@pytest.mark.parametrize("kind", ["ScoreNet", "QuantizedScoreNet"])
+def test_data_mean_is_saved_with_the_model(kind, tmp_path):
+    """As an option beside the weights, to the bit."""
+    mean = torch.linspace(-1, 1, 3)
+    options = dict(event_shape=(3,), data_mean=mean)
+    if kind == "ScoreNet":
+        model = ScoreNet(MLP(3, width=8, depth=1), VPSDE(), **options)
+    else:
+        net = LeanUNet(QuantizedScoreNet.input_channels(1), 4, (4, 4), channels=(8,), blocks=(1,), attention=False)
+        mean = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
+        model = QuantizedScoreNet(net, VPSDE(), 4, event_shape=(1, 4, 4), data_mean=mean)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ScoreModel.from_pretrained(tmp_path).data_mean, mean)

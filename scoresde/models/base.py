@@ -170,10 +170,11 @@ def _files() -> Any:
 
 
 def _mean(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
-        kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a floating-point tensor of one example's shape or None, got {kind}.")
-    checks.finite(value, name)
+    if not value.is_meta:  # the sketch of a model has no numbers
+        checks.finite(value, name)
     return value.detach()
 
 

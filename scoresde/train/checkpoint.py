@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scoresde.models.base import ScoreModel
 from scoresde.store import digest, load_weights, read_tensors, save_model, write_json, write_tensors
+from scoresde.store.registry import TENSORS
 
 KEEP = 2
 
@@ -126,6 +127,7 @@ def read_latest(run: Path) -> tuple[Saved | None, list[str]]:
         try:
             tensors, said = read_tensors(folder / "training.safetensors")
             average, _ = read_tensors(folder / "model.safetensors")
+            average = {k: v for k, v in average.items() if not k.startswith(TENSORS)}  # the options' are made anew
             meta = json.loads((folder / "training.json").read_text())
             if said is not None and said["about_sha256"] != digest({}, meta):
                 raise ValueError("training.json is not as it was written")
