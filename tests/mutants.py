@@ -277,7 +277,7 @@ MUTANTS = [
         "losses.py",
         "test_losses.py::test_weightings_by_their_definitions",
         ("(sde.diffusion(t) / sde.sigma(t)) ** 2\n    snr", "(sde.diffusion(t) / sde.sigma(t))\n    snr"),
-        ("1 + 1 / (snr * sigma_data**2)", "1 + 1 / (snr * sigma_data)"),
+        ('1 + 1 / (snr * checks.positive(sigma_data, "sigma_data") ** 2)', "1 + 1 / (snr * sigma_data)"),
         ("(MIN_SNR_GAMMA / snr).clamp_max(1.0)", "(MIN_SNR_GAMMA / snr).clamp_min(1.0)"),
         ("MIN_SNR_GAMMA = 5.0", "MIN_SNR_GAMMA = 4.0"),
     ),
