@@ -1,9 +1,10 @@
 r"""The probability-flow ODE in coordinates where it is mild, and its adaptive solve.
 
-Layer 2. With the data's scale c = sigma_data, put $\theta = \mathrm{atan2}(\sigma, \alpha c)$,
-$S = \sqrt{\alpha^2 c^2 + \sigma^2}$ and $u = x / S = \cos\theta\,x_0/c + \sin\theta\,\epsilon$. Along the probability flow
+Layer 2. With the data's scale c = sigma_data and centre mu, put $\theta = \mathrm{atan2}(\sigma, \alpha c)$,
+$S = \sqrt{\alpha^2 c^2 + \sigma^2}$ and $u = (x - \alpha\mu) / S = \cos\theta\,(x_0 - \mu)/c + \sin\theta\,\epsilon$. Along
+the probability flow
 
-$$\frac{du}{d\theta} = \cos\theta\,\hat\epsilon(x, t) - \sin\theta\,D(x, t)/c,$$
+$$\frac{du}{d\theta} = \cos\theta\,\hat\epsilon(x, t) - \sin\theta\,(D(x, t) - \mu)/c,$$
 
 for every affine SDE: no drift, no diffusion coefficient, and nothing that grows at either end. It is the change of
 variables x = alpha y, dy = eps_hat d(sigma/alpha) (Song et al. 2021, equation 13; Karras et al. 2022, equation 1),
@@ -46,31 +47,58 @@ def rotated_velocity(cosine: Any, sine_over_c: Any, denoised: Any, noise: Any) -
 
 
 class AnglePath:
-    """Maps between (x, t) and (u, theta) for one SDE and data scale. Times and angles are float64."""
+    """Maps between (x, t) and (u, theta) for one SDE, data scale and centre (one example, or one of each; None for zero).
 
-    def __init__(self, sde: SDE, sigma_data: float = 1.0):
+    Times and angles are float64.
+    """
+
+    def __init__(self, sde: SDE, sigma_data: float = 1.0, centre: Tensor | None = None):
         self.sde = sde
         self.c = sigma_data
+        self.centre = centre
 
     def angle(self, t: Tensor | float) -> Tensor:
         """theta(t) in (0, pi/2], increasing in t."""
         return rotation(self.sde.alpha(t), self.sde.sigma(t), self.c)[0]
 
     def scale(self, t: Tensor | float) -> Tensor:
-        """S = sqrt(alpha^2 c^2 + sigma^2); x = S u."""
+        """S = sqrt(alpha^2 c^2 + sigma^2)."""
         return rotation(self.sde.alpha(t), self.sde.sigma(t), self.c)[1]
+
+    def rotated(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """u = (x - alpha mu) / S."""
+        return (x if self.centre is None else x - expand(self.sde.alpha(t), x) * self.centre) / expand(self.scale(t), x)
+
+    def unrotated(self, u: Tensor, t: Tensor | float, rows: Tensor | None = None) -> Tensor:
+        """x = S u + alpha mu; `rows`: which examples u (A, *) holds, where they are not all."""
+        x = expand(self.scale(t), u) * u
+        if self.centre is None:
+            return x
+        return torch.addcmul(x, expand(self.sde.alpha(t), u), self.centre_of(rows, u))
+
+    def centre_of(self, rows: Tensor | None, like: Tensor) -> Tensor:
+        """mu of the examples `rows`, to be combined with `like` (A, *)."""
+        each = rows is not None and self.centre.dim() == like.dim()
+        return (self.centre[rows] if each else self.centre).to(like)
 
     def time(self, theta: Tensor, low: float, high: float) -> Tensor:
         """t(theta), kept within [low, high], the ends of the solve, which rounding could otherwise leave."""
         return self.sde.time(-2 * torch.log(torch.tan(theta) * self.c)).clamp(low, high)
 
     def velocity(
-        self, model: ScoreModel, u: Tensor, theta: Tensor, ends: tuple[float, float], cond: Any = None
+        self,
+        model: ScoreModel,
+        u: Tensor,
+        theta: Tensor,
+        ends: tuple[float, float],
+        cond: Any = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """du/dtheta for u (B, *) and theta (B,); one evaluation of the model."""
+        """du/dtheta for u (B, *) and theta (B,), of the examples `rows` where they are not all; one evaluation of the model."""
         t = self.time(theta, *ends)
-        x = expand(self.scale(t), u) * u
-        denoised, noise = model.predict(x, t, cond)
+        denoised, noise = model.predict(self.unrotated(u, t, rows), t, cond)
+        if self.centre is not None:
+            denoised = denoised - self.centre_of(rows, u)
         cosine, sine_over_c = expand(torch.cos(theta), u), expand(torch.sin(theta) / self.c, u)
         return rotated_velocity(cosine, sine_over_c, denoised, noise)
 
@@ -119,23 +147,27 @@ def solve_flow(
     """The probability flow from x (B, *) at time `start` to `end`, in either direction, each example with steps of its own.
 
     `rtol`, `atol`: error per step relative to a state of unit scale; `method`: a pair of `scoresde.ode`; `max_nfe`: evaluations
-    per example; `trace`: how the divergence of du/dtheta is taken where it is to be integrated along. Nothing is raised for
-    examples that fail: they carry a status.
+    per example; `trace`: how the divergence of du/dtheta is taken where it is to be integrated along. The centre of the coordinates
+    is the model's `data_mean`; where it is not known and the solve comes from the noise, one evaluation at its start finds it.
+    Nothing is raised for examples that fail: they carry a status.
     """
     rtol, atol = checks.positive(rtol, "rtol"), checks.positive(atol, "atol")
     start, end = min(start, model.flow_end), min(end, model.flow_end)
-    path = AnglePath(model.sde, model.sigma_data)
     ends = (min(start, end), max(start, end))
+    centre, found = model.data_mean, 0
+    if centre is None and end < start and x.shape[0]:
+        centre, found = torch.nan_to_num(model.denoise(x, start, cond).detach(), 0.0, 0.0, 0.0), 1
+    path = AnglePath(model.sde, model.sigma_data, None if centre is None else centre.to(x))
 
     def slope(theta: Tensor, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         chosen = conditions.take_rows(cond, rows)
         if trace is None:
-            return path.velocity(model, u, theta, ends, chosen), None
-        return trace(lambda leaf: path.velocity(model, leaf, theta, ends, chosen), u, rows)
+            return path.velocity(model, u, theta, ends, chosen, rows), None
+        return trace(lambda leaf: path.velocity(model, leaf, theta, ends, chosen, rows), u, rows)
 
     solution = ode.solve(
         slope,
-        x / expand(path.scale(start), x),
+        path.rotated(x, start),
         float(path.angle(start)),
         float(path.angle(end)),
         rtol=rtol,
@@ -145,4 +177,4 @@ def solve_flow(
         max_nfe=max_nfe,
     )
     reached = path.time(solution.t, *ends)
-    return FlowSolution(solution.y * expand(path.scale(end), x), solution.q, reached, solution.nfe, solution.status)
+    return FlowSolution(path.unrotated(solution.y, end), solution.q, reached, solution.nfe + found, solution.status)

@@ -6,6 +6,7 @@ gain by it: at high noise the denoiser is the data's mean and there is little to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -45,20 +46,25 @@ def angle(sde: SDE, steps: int, scale: float = 1.0, *, t_max: float | None = Non
     return _by_ratio(sde, steps, t_max, lambda r: torch.atan(r / scale), lambda v: scale * torch.tan(v))
 
 
-def balanced(sde: SDE, steps: int, scale: float = 1.0, *, t_max: float | None = None) -> Tensor:
-    """steps + 1 times with (r / (r + 2 scale))^(1/3), r = sigma/alpha, equally spaced; `scale`: standard deviation of the data.
+def balanced(sde: SDE, steps: int, spread: float = 1.0, rho: float = 5.0, *, t_max: float | None = None) -> Tensor:
+    """steps + 1 times with (r / (r + 2 spread))^(1/rho), r = sigma/alpha, equally spaced.
 
-    A power of r below `scale`, of 1/r above: few points where all is noise, as few where all is decided. On exact mixtures
-    the best of all grids for most multistep methods (`benchmarks/samplers.py`).
+    `spread`: the root mean square distance of an example from the data's mean, sigma_data sqrt(d) (`spread_of`). Below it a power
+    of r, as the grid of Karras et al. 2022, above it of 1/r: while the noise is larger than everything that tells examples apart
+    there is little to be asked. `rho`: more points at high noise for a larger one. `sample` hands over the spread of its model.
     """
-    checks.positive(scale, "scale")
-    return _by_ratio(
-        sde,
-        steps,
-        t_max,
-        lambda r: (r / (r + 2 * scale)) ** (1 / 3),
-        lambda v: 2 * scale * v**3 / (1 - v**3),
-    )
+    k, rho = 2 * checks.positive(spread, "spread"), checks.positive(rho, "rho")
+    return _by_ratio(sde, steps, t_max, lambda r: (r / (r + k)) ** (1 / rho), lambda v: k * v**rho / (1 - v**rho))
+
+
+def takes_spread(grid: Grid) -> bool:
+    """Whether a grid is `balanced`, or a partial of it, which depends on the data."""
+    return getattr(grid, "func", grid) is balanced
+
+
+def spread_of(sigma_data: float, event_shape: Sequence[int]) -> float:
+    """sigma_data sqrt(d): the root mean square distance of an example, d numbers, from the mean of all."""
+    return sigma_data * math.sqrt(math.prod(event_shape))
 
 
 def cosine(sde: SDE, steps: int, *, t_max: float | None = None) -> Tensor:

@@ -86,7 +86,7 @@ def sample(
     if return_log_prob:
         start = dict(steps=steps, seed=seed, cond=cond, x_init=x_init, grid=grid, t_max=t_max, trajectory=trajectory)
         return _with_values(chosen, model, shape, **start)
-    times = time_grid(chosen, model, steps, grid, t_max)
+    times = time_grid(chosen, model, steps, grid, t_max, shape[1:])
     noise = RandomSource(seed, device_of(model), shape[0])
     x, _ = starting_state(model, shape, times, noise, x_init, t_max)
     if not shape[0]:

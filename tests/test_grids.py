@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from scoresde import EDMSDE, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE, sample
-from scoresde.grids import angle, balanced, cosine, given, karras, uniform_log_snr, uniform_time
-from scoresde.samplers import DDIM, time_grid
+from scoresde.grids import angle, balanced, cosine, given, karras, spread_of, uniform_log_snr, uniform_time
+from scoresde.samplers import DDIM, ReverseDiffusion, time_grid
 
 GRIDS = {f.__name__: f for f in (uniform_time, uniform_log_snr, karras, angle, balanced, cosine)}
 ALL = (VPSDE(), SubVPSDE(), VESDE(), CosineSDE(), EDMSDE(), RectifiedFlow())
@@ -35,6 +35,8 @@ def test_spacing(sde):
         "uniform_log_snr": sde.log_snr,
         "karras": lambda t: torch.exp(-0.5 * sde.log_snr(t) / 7),
     }
+    if float(sde.sigma(sde.t_min)) > 0:
+        coordinates["balanced"] = lambda t: (1 + 2 * torch.exp(0.5 * sde.log_snr(t))) ** (-1 / 5)
     for name, coordinate in coordinates.items():
         gaps = torch.diff(coordinate(GRIDS[name](sde, 33)))
         torch.testing.assert_close(gaps, gaps.mean().expand(33), rtol=1e-6, atol=0)
@@ -91,7 +93,9 @@ def test_time_grid_of_a_sampler(ring8):
     """A sampler's default, another function, or times; coinciding times are refused."""
     sde = VPSDE()
     model = ring8.diffuse(sde)
-    assert torch.equal(time_grid(DDIM(), model, None), angle(sde, 50))
+    assert torch.equal(time_grid(DDIM(), model, None), balanced(sde, 50, spread_of(model.sigma_data, (2,)), 3.0))
+    assert torch.equal(time_grid(DDIM(), model, 6, balanced), balanced(sde, 6, spread_of(model.sigma_data, (2,))))
+    assert torch.equal(time_grid(ReverseDiffusion(), model, 5), uniform_time(sde, 5))
     assert torch.equal(time_grid(DDIM(), model, 7, karras), karras(sde, 7))
     assert time_grid(DDIM(), model, None, [1.0, 0.5]).tolist() == [1.0, 0.5]
     assert time_grid(DDIM(), model, None, torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]

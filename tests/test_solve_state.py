@@ -122,7 +122,7 @@ def test_one_row_a_step_of_one_kind(method):
     model, x = model_and_start()
     sampler = METHODS[method]()
     for steps in (1, 5):
-        times = sampler.times(model, steps)
+        times = sampler.times(model, steps, event_shape=x.shape[1:])
         state = sampler.start(model.prepare(x, times), times)
         assert state.times == times.tolist()
         assert [type(row) for row in state.rows] == [sampler.row_type] * (len(times) - 1)
@@ -261,7 +261,7 @@ def test_memory_of_a_tuned_scheme():
 
     n, sde = 40, VPSDE(t_min=1e-3)
     r_max, r_min = (float(torch.exp(-0.5 * sde.log_snr(t))) for t in (1.0, 1e-3))
-    plain = untuned(r_max, r_min, 1.0, n)
+    plain = untuned(r_max, r_min, 1.0, 2.0, n)
     banded = Scheme(plain.r, plain.gain, np.triu(plain.weights, -2))
     model = ScoreNet(Bend(), sde)
     sampler = FewStep(banded, 1.0)
@@ -308,7 +308,7 @@ def test_more_steps_than_anyone_needs(method):
         (dict(denoise_final="no"), TypeError, "denoise_final must be"),
         (dict(x_init=torch.ones(4, 2, dtype=torch.int64)), TypeError, "x_init must hold floating-point"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_options_of_the_wrong_kind(options, error, message):
     """One line that says what was given."""

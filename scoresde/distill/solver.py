@@ -32,7 +32,7 @@ from scoresde.modes import device_of, evaluating
 from scoresde.progress import bar
 from scoresde.rng import RandomSource, derive
 from scoresde.samplers import FewStep, Scheme
-from scoresde.samplers.few_step import Report, nodes, rule_weights, untuned
+from scoresde.samplers.few_step import REACH, Report, nodes, rule_weights, untuned
 
 CHUNK = 4096  # rows per call of the model
 CLOSEST = 0.97  # neighbouring noise levels keep at least this ratio
@@ -129,17 +129,19 @@ def _tune(model: ScoreModel, shape: tuple[int, ...], cond: Any, options: _Option
     spent = _Spent()
 
     rule = _RotatedModel(model, shape, cond, rows, c, torch.zeros_like(y[0]), spent)
-    target = rule.end(untuned(r_max, r_min, c, options.teacher_nfe), y, r_max)
+    rule.mean = rule.mean_at(y, r_max) if model.data_mean is None else model.data_mean.to(y).flatten()
+    reach = REACH * math.sqrt(y.shape[1])
+    target = rule.end(untuned(r_max, r_min, c, c * reach, options.teacher_nfe), y, r_max)
     mean = target[:starts].mean(0)
     spread = float((target[:starts] - mean).square().mean().sqrt())
     ticks.update()
 
     centred = _RotatedModel(model, shape, cond, rows, spread, mean, spent)
-    family = _SchemeFamily(r_max, r_min, spread, options.nfe, options.history)
+    family = _SchemeFamily(r_max, r_min, spread, spread * reach, options.nfe, options.history)
     fitted = _fit(family, centred, y[:starts], target[:starts], options, ticks)
 
-    # what is claimed, on starts that nothing above has seen: against the rule as a user would get it
-    plain = untuned(r_max, r_min, c, options.nfe)
+    # what is claimed, on starts that nothing above has seen: against the rule as a user who knows the mean would get it
+    plain = untuned(r_max, r_min, c, c * reach, options.nfe)
     held = y[starts:], r_max, starts
     before, after = (_errors(m.end(s, *held), target[starts:]) for m, s in ((rule, plain), (centred, fitted)))
     report = Report(
@@ -154,7 +156,7 @@ def _tune(model: ScoreModel, shape: tuple[int, ...], cond: Any, options: _Option
         warnings.warn(
             f"tuning gained nothing on held-out starts ({report}); the untuned rule is returned.", stacklevel=3
         )
-        return FewStep(plain, c, None, report, shape)
+        return FewStep(plain, c, rule.mean.reshape(shape), report, shape)
     return FewStep(fitted, spread, mean.reshape(shape), report, shape)
 
 
@@ -192,6 +194,26 @@ class _RotatedModel:
         """u of y = x/alpha at noise level r."""
         return (y - self.mean) / math.hypot(r, self.c)
 
+    def mean_at(self, y: Tensor, r: float) -> Tensor:
+        """Mean (d,) of the denoiser over states y (B, d) at noise level r: at a high one, of the data."""
+        t = self.model.sde.time(torch.tensor(-2 * math.log(r), dtype=torch.float64, device=y.device))
+        total = torch.zeros_like(self.mean)
+        for k, part in enumerate(y.split(CHUNK)):
+            index = torch.arange(len(part), device=y.device) + k * CHUNK
+            denoised, _ = self.predictions(part, t.clamp(self.model.sde.t_min, self.model.sde.t_max), index)
+            total += denoised.sum(0)
+        return total / len(y)
+
+    def predictions(self, y: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(D, eps_hat), flat and in float64, at x = alpha(t) y for t () or (N,) and the starts `index`."""
+        alpha = self.model.sde.alpha(t)
+        x = (alpha[:, None] if alpha.dim() else alpha) * y
+        x = x.reshape(-1, *self.shape)
+        cond = None if self.rows is None else conditions.take_rows(self.cond, self.rows[index])
+        self.spent.rows += len(y)
+        denoised, noise = self.model.predict(x if self.exact else x.float(), t, cond)
+        return denoised.double().flatten(1), noise.double().flatten(1)
+
     def velocity(self, u: Tensor, r: Tensor, index: Tensor) -> Tensor:
         """v (N, d) at u (N, d) and noise levels r (N,), for the starts `index` (N,), whose conditions are used."""
         parts = zip(u.split(CHUNK), r.split(CHUNK), index.split(CHUNK), strict=True)
@@ -201,11 +223,8 @@ class _RotatedModel:
         sde = self.model.sde
         t = sde.time(-2 * r.log()).clamp(sde.t_min, sde.t_max)
         theta, size = rotation(torch.ones_like(r), r, self.c)
-        x = (sde.alpha(t)[:, None] * (size[:, None] * u + self.mean)).reshape(-1, *self.shape)
-        cond = None if self.rows is None else conditions.take_rows(self.cond, self.rows[index])
-        denoised, noise = self.model.predict(x if self.exact else x.float(), t, cond)
-        denoised, noise = denoised.double().flatten(1) - self.mean, noise.double().flatten(1)
-        self.spent.rows += len(u)
+        denoised, noise = self.predictions(size[:, None] * u + self.mean, t, index)
+        denoised = denoised - self.mean
         v = rotated_velocity(theta.cos()[:, None], theta.sin()[:, None] / self.c, denoised, noise)
         if not bool(torch.isfinite(v).all()):
             raise checks.NonFiniteError(f"NaN or infinity from the network near sigma/alpha = {float(r[0]):.4g}.")
@@ -246,9 +265,9 @@ class _RotatedModel:
 class _SchemeFamily:
     """Schemes around the rule by a vector: shifts of the log levels (n), gains (n), changes of the weights in a band."""
 
-    def __init__(self, r_max: float, r_min: float, c: float, n: int, history: int):
-        self.r_max, self.c, self.n = r_max, c, n
-        self.r = nodes(r_max, r_min, c, n)
+    def __init__(self, r_max: float, r_min: float, c: float, reach: float, n: int, history: int):
+        self.r_max, self.c, self.reach, self.n = r_max, c, reach, n
+        self.r = nodes(r_max, r_min, reach, n)
         self.band = [(i, j) for i in range(n) for j in range(max(0, i + 1 - history), i + 1)]
         self.size = 2 * n + len(self.band)
         # level i is felt at evaluation i; gains and weights of step i from evaluation i + 1 on
@@ -260,7 +279,7 @@ class _SchemeFamily:
         r = np.append(self.r[:-1] * np.exp(values[: self.n]), self.r[-1])
         if not (np.isfinite(r).all() and (r[1:] < CLOSEST * r[:-1]).all() and r[0] <= self.r_max):
             return None
-        w = rule_weights(r, self.c, self.r_max)
+        w = rule_weights(r, self.c, self.reach, self.r_max)
         for k, (i, j) in enumerate(self.band):
             w[i, j] += values[2 * self.n + k]
         return Scheme(r, values[self.n : 2 * self.n].copy(), w)

@@ -56,6 +56,7 @@ class PreparedModel:
         self.sde = model.sde
         self.sigma_data = model.sigma_data
         self.batch_size, self.device = x.shape[0], x.device
+        self.event_shape = tuple(x.shape[1:])
         self.rows: dict[float, Row] = {}
         self.watched = True
         self.first: Tensor | None = None  # the network's first output, to be compared with its second

@@ -238,7 +238,11 @@ class _Motion:
 
 
 class _FlowBackend(Sampler[tuple[()]]):
-    """The probability flow in t, one solve per interval of the grid, step sizes shared by the batch."""
+    """The probability flow in t, one solve per interval of the grid, step sizes shared by the batch.
+
+    What is solved for is x - alpha mu with the data's mean mu, where the model knows it (`data_mean`), so that tolerances do not
+    depend on where the data are.
+    """
 
     stochastic = False
     adaptive = True
@@ -259,13 +263,19 @@ class _FlowBackend(Sampler[tuple[()]]):
         if x.shape[0] == 0 or s == t:
             return x
 
+        centre = 0.0 if model.data_mean is None else model.data_mean.to(x)
+
+        def signal(time: float) -> Any:
+            return float(model.sde.alpha(time)) * centre
+
         def slope(time: float, y: Tensor) -> Tensor:
-            """dx/dt, at a time kept within the interval; the network never sees another."""
+            """dy/dt of y = x - alpha centre, at a time kept within the interval; the network never sees another."""
             self.nfe += 1
             time = min(max(time, s), t)
-            return _require_finite(model.velocity(y, time, cond), time)
+            rate = float(model.sde.alpha_dot(time)) * centre
+            return _require_finite(model.velocity(y + signal(time), time, cond) - rate, time)
 
-        return self.solve(slope, x, t, s)
+        return self.solve(slope, x - signal(t), t, s) + signal(s)
 
     @abstractmethod
     def solve(self, slope: Callable[[float, Tensor], Tensor], x: Tensor, t: float, s: float) -> Tensor:

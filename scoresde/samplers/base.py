@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.grids import Grid, uniform_time
+from scoresde.grids import Grid, spread_of, takes_spread, uniform_time
 from scoresde.models.base import ScoreModel
 from scoresde.models.prepared import PreparedModel
 from scoresde.progress import bar
@@ -70,10 +70,21 @@ class Sampler(ABC, Generic[Row]):
     saved_at_zero: int = 0
     solve_options: dict[str, Any] | None = None
 
-    def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
-        """The decreasing float64 times of a solve of `steps` steps, from `t_max` where it is given."""
-        sde = model.sde
-        return self.grid(sde, steps) if t_max is None else self.grid(sde, steps, t_max=t_max)
+    def times(
+        self,
+        model: ScoreModel,
+        steps: int,
+        t_max: float | None = None,
+        event_shape: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The decreasing float64 times of a solve of `steps` steps, from `t_max` where it is given.
+
+        `event_shape`: of one example, for grids that depend on it, where the model does not say it itself.
+        """
+        options: dict[str, Any] = {} if t_max is None else {"t_max": t_max}
+        if takes_spread(self.grid):
+            options["spread"] = data_spread(model, event_shape)
+        return self.grid(model.sde, steps, **options)
 
     def on_given_grid(self) -> Sampler:
         """The sampler that runs on a grid of the caller's: itself, unless its formulas belong to times of its own."""
@@ -168,6 +179,11 @@ class LinearSampler(Sampler[LinearRow]):
         keep, gain, c = self.row(model, state, t, s)
         x = torch.mul(x, keep).add_(model.output(x, t, cond), alpha=gain)
         return x.add_(noise.normal(x.shape, x.dtype), alpha=c) if c else x
+
+
+def data_spread(model: ScoreModel, event_shape: Sequence[int] | None = None) -> float:
+    """`grids.spread_of` of the data of a model; one that does not know the shape of its examples, and is not told, has d = 1."""
+    return spread_of(model.sigma_data, model.event_shape or event_shape or ())
 
 
 def undefined(sampler: Sampler, sde: SDE, t: float, s: float) -> ValueError:

@@ -3,6 +3,7 @@ r"""Langevin correctors and the predictor-corrector sampler (Song et al. 2021, a
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,8 +95,14 @@ class PredictorCorrector(Sampler[MarginalRow]):
         self.nfe_per_step = None if each is None else each + (corrector.steps if corrector else 0)
         self.saved_at_zero = self.predictor.saved_at_zero + (corrector.steps if corrector else 0)
 
-    def times(self, model: ScoreModel, steps: int, t_max: float | None = None) -> Tensor:
-        return self.predictor.times(model, steps, t_max)
+    def times(
+        self,
+        model: ScoreModel,
+        steps: int,
+        t_max: float | None = None,
+        event_shape: Sequence[int] | None = None,
+    ) -> Tensor:
+        return self.predictor.times(model, steps, t_max, event_shape)
 
     def on_given_grid(self) -> Sampler:
         other = copy.copy(self)

@@ -28,7 +28,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -104,10 +104,12 @@ class ErSde:
 class Prediction(ABC):
     """What is interpolated. `combination` says how it follows from the model's raw output, the rest is the table above.
 
-    `noisy`: whether steps draw noise (C > 0).
+    `noisy`: whether steps draw noise (C > 0). `centred`: whether m depends on where the data's mean is, which then has to be taken
+    out (`mean_part`, `centre`); noise and data do not.
     """
 
     noisy = False
+    centred = False
 
     @abstractmethod
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
@@ -163,6 +165,7 @@ class Angle(Prediction):
     """m = the velocity du/dtheta of `scoresde.flow`, M = theta: exact for Gaussian data of standard deviation c."""
 
     c: float = 1.0
+    centred: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.positive(self.c, "c")
@@ -177,6 +180,15 @@ class Angle(Prediction):
         """sin(theta)/c, what one unit of the data's mean adds to m: with it taken out, m = cos eps_hat - sin (D - mean)/c."""
         _, scale = rotation(at.alpha, at.sigma, self.c)
         return at.sigma / scale / self.c
+
+    def centre(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
+        """(a, b) with mu = a x + b F: the mean of Gaussian data N(mu, c^2 I) whose denoiser has the value that was found.
+
+        D = mu + k (x/alpha - mu), k = alpha^2 c^2 / (alpha^2 c^2 + sigma^2), so that m = 0 for the centred data. At high noise
+        k vanishes, D is the mean of any data, and so is mu.
+        """
+        k = (at.alpha * self.c) ** 2 / ((at.alpha * self.c) ** 2 + at.sigma**2)
+        return (affine[0] - k / at.alpha) / (1 - k), affine[1] / (1 - k)
 
     def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:
         theta_t, scale_t = rotation(t.alpha, t.sigma, self.c)

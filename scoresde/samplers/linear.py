@@ -8,13 +8,14 @@ $\nabla\log p = (\alpha D - x)/\sigma^2$.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.grids import Grid, angle, uniform_time
+from scoresde.grids import Grid, balanced, uniform_time
 from scoresde.models.base import ScoreModel
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import LinearSampler, Sampler, State, transition
@@ -47,11 +48,12 @@ class EulerMaruyama(LinearSampler):
 
 
 class FlowEuler(LinearSampler):
-    r"""Euler on the probability flow in t, what is used with rectified flow:
+    r"""Euler on the probability flow in t, what is used with rectified flow, the signal's part taken exactly:
 
-    $$x_s = x_t + (s - t)\,v(x_t, t), \qquad v = \dot\alpha D + \dot\sigma\hat\epsilon .$$
+    $$x_s = x_t + (\alpha_s - \alpha_t)\,D + (s - t)\,\dot\sigma\hat\epsilon .$$
 
-    Order 1. (`DDIM` is Euler in sigma/alpha, and on rectified flow the two are the same.)
+    Where alpha is linear in t this is x_t + (s - t) v with the velocity v; elsewhere that formula would depend on where the data's
+    mean is. Order 1. (`DDIM` takes the noise's part exactly as well, and on rectified flow the two are the same.)
     """
 
     stochastic = False
@@ -61,7 +63,7 @@ class FlowEuler(LinearSampler):
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         rate = (s - t) * sde.sigma_dot(t) / sde.sigma(t)
-        return 1 + rate, (s - t) * sde.alpha_dot(t) - rate * sde.alpha(t), torch.zeros_like(t)
+        return 1 + rate, sde.alpha(s) - (1 + rate) * sde.alpha(t), torch.zeros_like(t)
 
 
 class Hold(Sampler[tuple[()]]):
@@ -129,7 +131,7 @@ class DDIM(LinearSampler):
     """
 
     default_steps = 50
-    grid = staticmethod(angle)
+    grid = partial(balanced, rho=3.0)
 
     def __init__(self, eta: float = 0.0):
         if not 0.0 <= eta <= 1.0:

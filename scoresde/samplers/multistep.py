@@ -53,10 +53,12 @@ _ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 
 
 
 class MultistepRow(NamedTuple):
-    """One step: evaluate m_0 = p x + q F, then go on to keep x + sum_j weights[j] m_j + noise z + shift d.
+    """One step: evaluate m_0 = p x + q F, then go on to keep x + sum_j weights[j] m_j + noise z + shift mu.
 
-    The predictions m_j are counted from the newest, m_0; without `weights` nothing is evaluated. `corrector`, if any, are weights
-    by which the step before is redone first, once m_0 is known. d is a fixed tensor of the solve, such as the data's mean.
+    The predictions m_j are counted from the newest, m_0. `corrector`, if any, are weights by which the step before is redone
+    first, once m_0 is known, with `corrector_shift` in place of its shift. mu is the centre of the data; where it is not known
+    beforehand, `centre` (a, b) finds it from this step's evaluation, mu = a x + b F. Without `weights` and `centre` nothing is
+    evaluated.
     """
 
     p: float
@@ -66,19 +68,29 @@ class MultistepRow(NamedTuple):
     noise: float = 0.0
     corrector: tuple[float, ...] = ()
     shift: float = 0.0
+    corrector_shift: float = 0.0
+    centre: tuple[float, ...] = ()
 
 
 @dataclass
 class History:
     """What a multistep solve remembers: the last predictions, newest first, and keep x + noise z of the last step.
 
-    `reach`: predictions that a step uses, its own included; older ones are let go. `direction`: d of `MultistepRow`, one example.
+    `reach`: predictions that a step uses, its own included; older ones are let go. `centre`: mu of `MultistepRow`, of one example
+    or of each.
     """
 
     reach: int
-    direction: Tensor | None = None
+    centre: Tensor | None = None
     predictions: list[Tensor] = field(default_factory=list)
     base: Tensor | None = None
+
+    def shifted(self, x: Tensor, shift: float) -> Tensor:
+        """x + shift mu; x itself for no shift."""
+        if not shift:
+            return x
+        self.centre = self.centre.to(x)
+        return torch.add(x, self.centre, alpha=shift)
 
 
 class HistorySampler(Sampler[MultistepRow]):
@@ -88,7 +100,7 @@ class HistorySampler(Sampler[MultistepRow]):
     reach: int
 
     def start(self, model: ScoreModel, times: Tensor) -> State[MultistepRow]:
-        return State(times.tolist(), self.rows(model, times), History(self.reach))
+        return State(times.tolist(), self.rows(model, times), History(self.reach, model.data_mean))
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
@@ -96,24 +108,26 @@ class HistorySampler(Sampler[MultistepRow]):
         row = self.row(model, state, t, s)
         history: History = state.memory
         predictions = history.predictions
+        if row.weights or row.centre:
+            out = model.output(x, t, cond)
+            if row.centre:
+                history.centre = combine(row.centre[0], x, row.centre[1], out)
         if row.weights:
-            predictions.insert(0, combine(row.p, x, row.q, model.output(x, t, cond)))
+            predictions.insert(0, combine(row.p, x, row.q, out))
             if len(predictions) < max(len(row.weights), len(row.corrector)):
                 raise ValueError(
                     f"this step of {type(self).__name__}, from t = {t:g}, reuses predictions of the steps before it; start a solve "
                     "there with start(model, times)."
                 )
         if row.corrector:
-            x = history.base
+            x = history.shifted(history.base, row.corrector_shift)
             for w, m in zip(row.corrector, predictions, strict=False):
                 x = torch.add(x, m, alpha=w)
         base = torch.mul(x, row.keep)
         if row.noise:
             base.add_(noise.normal(x.shape, x.dtype), alpha=row.noise)
-        if row.shift:
-            history.direction = history.direction.to(x)
-            base.add_(history.direction, alpha=row.shift)
-        history.base = x = base
+        history.base = base
+        x = history.shifted(base, row.shift)
         for j, w in enumerate(row.weights):
             x = torch.add(x, predictions[j], alpha=w) if j == 0 else x.add_(predictions[j], alpha=w)
         del predictions[history.reach - 1 :]
@@ -190,6 +204,9 @@ class Multistep(HistorySampler):
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is named below
             for first, last in itertools.pairwise(bounds):
                 rows += self._group(model.sde, prediction, points, pairs, first, last)
+        if prediction.centred and model.data_mean is None:
+            a, b = prediction.centre(affine_arrays(model, times[:1]), points[:1])
+            rows[0] = rows[0]._replace(centre=(float(a[0]), float(b[0])))
         return rows
 
     def _group(
@@ -215,12 +232,21 @@ class Multistep(HistorySampler):
             corrector = step_weights(
                 prediction, sde, back(1), t, nodes, self.variable, midpoint=self.midpoint and redo == 2
             )
-        numbers = np.stack([*(v[first:last] for v in pairs), keep, noise, *weights, *corrector], 1)
+        shift = corrector_shift = np.zeros_like(keep)
+        if prediction.centred:  # what the mean of the data has to move by for the solve not to notice it
+            parts = [prediction.mean_part(back(k)) for k in range(max(count, redo))]
+            shift = s.alpha - keep * t.alpha + sum(w * part for w, part in zip(weights, parts, strict=False))
+            if redo:
+                before = back(1).alpha * prediction.ends(back(1), t)[0]
+                corrector_shift = t.alpha - before + sum(w * part for w, part in zip(corrector, parts, strict=False))
+        numbers = np.stack(
+            [*(v[first:last] for v in pairs), keep, noise, shift, corrector_shift, *weights, *corrector], 1
+        )
         for i in np.flatnonzero(~np.isfinite(numbers).all(1))[:1]:
             raise undefined(self, sde, float(t.t[i]), float(s.t[i]))
         return [
-            MultistepRow(p, q, keep, tuple(rest[:count]), noise, tuple(rest[count:]))
-            for p, q, keep, noise, *rest in numbers.tolist()
+            MultistepRow(p, q, keep, tuple(rest[:count]), noise, tuple(rest[count:]), shift, corrector_shift)
+            for p, q, keep, noise, shift, corrector_shift, *rest in numbers.tolist()
         ]
 
     def _corrector_nodes(self, step: int) -> int:

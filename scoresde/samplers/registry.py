@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from scoresde import checks
-from scoresde.grids import karras, uniform_log_snr
+from scoresde.grids import balanced, uniform_log_snr
 from scoresde.samplers.backends import ScipyRK45, TorchDiffEq, TorchSDE
 from scoresde.samplers.base import Sampler
 from scoresde.samplers.corrector import AnnealedLangevin, PredictorCorrector
@@ -41,13 +41,13 @@ METHODS: dict[str, Callable[[], Sampler]] = {
     "dpm++2s": partial(Singlestep, "data", "midpoint"),
     "dpm++": partial(Multistep, "data", 2, pair="midpoint"),
     "dpm++2m": partial(Multistep, "data", 2, pair="midpoint"),
-    "dpm++3m": partial(Multistep, "data", 3),
+    "dpm++3m": partial(Multistep, "data", 3, grid=partial(balanced, rho=14.0)),
     "unipc2": partial(Multistep, "data", 2, corrector=3, pair="midpoint"),
-    "unipc3": partial(Multistep, "data", 3, corrector=4, pair="midpoint"),
-    "deis": partial(Multistep, "noise", 3, variable="time", grid=karras),
+    "unipc3": partial(Multistep, "data", 3, corrector=4, pair="midpoint", grid=partial(balanced, rho=14.0)),
+    "deis": partial(Multistep, "noise", 3, variable="time", grid=partial(balanced, rho=3.0)),
     "ipndm": partial(Multistep, "noise", 4, variable="index"),
-    "lms": partial(Multistep, "noise", 3, variable="ratio", grid=karras),
-    "adams-noise": partial(Multistep, "noise", 3, grid=uniform_log_snr),
+    "lms": partial(Multistep, "noise", 3, variable="ratio", grid=partial(balanced, rho=3.0)),
+    "adams-noise": partial(Multistep, "noise", 3, grid=partial(balanced, rho=4.0)),
     "adams-angle": partial(Multistep, "angle", 3),
     # deterministic, adaptive
     "ode": ProbabilityFlow,

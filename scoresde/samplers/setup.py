@@ -13,11 +13,11 @@ from torch import Tensor
 
 from scoresde import checks
 from scoresde.flow import AnglePath
-from scoresde.grids import Grid, given
+from scoresde.grids import Grid, given, takes_spread
 from scoresde.models.base import ScoreModel
 from scoresde.modes import device_of, dtype_of
 from scoresde.rng import RandomSource
-from scoresde.samplers.base import Sampler
+from scoresde.samplers.base import Sampler, data_spread
 from scoresde.sde import SDE
 
 MAX_STEPS = 1_000_000  # a grid and its rows take about a kilobyte a step
@@ -40,8 +40,9 @@ def time_grid(
     steps: int | None,
     grid: Grid | Tensor | None = None,
     t_max: float | None = None,
+    event_shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """The decreasing float64 times of a solve.
+    """The decreasing float64 times of a solve, for examples of `event_shape` where the model does not say it.
 
     Raises `ValueError` unless 1 <= steps <= 1,000,000 and for a grid that does not decrease or has another number of steps,
     `TypeError` for steps or times that are no such numbers.
@@ -58,9 +59,12 @@ def time_grid(
     if steps > MAX_STEPS:
         raise ValueError(f"steps must be at most {MAX_STEPS}, got {steps}.")
     if grid is None:
-        times = sampler.times(model, steps, t_max)
+        times = sampler.times(model, steps, t_max, event_shape)
     else:
-        times = _times_of(grid(model.sde, steps) if t_max is None else grid(model.sde, steps, t_max=t_max), steps)
+        options: dict[str, Any] = {} if t_max is None else {"t_max": t_max}
+        if takes_spread(grid):
+            options["spread"] = data_spread(model, event_shape)
+        times = _times_of(grid(model.sde, steps, **options), steps)
     if not bool((times[1:] < times[:-1]).all()):
         raise ValueError(
             f"the time grid of {steps} steps does not decrease strictly (two times coincide in float64); use fewer steps."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from scoresde.models.prepared import combine
 from scoresde.rng import RandomSource
 from scoresde.samplers.base import Sampler, State, add_times
 from scoresde.samplers.exponential import Points, Prediction, affine_arrays, prediction_for, step_weights
+
+SINGLESTEP_GRID = partial(balanced, rho=3.0)
 
 
 class Stage(NamedTuple):
@@ -58,7 +61,9 @@ class Singlestep(Sampler[SinglestepRow]):
     default_steps = 10
     denoise_final = False
 
-    def __init__(self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = balanced):
+    def __init__(
+        self, prediction: str | Prediction = "noise", scheme: str = "midpoint", *, grid: Grid = SINGLESTEP_GRID
+    ):
         kind = prediction_for(prediction, 1.0)
         if kind.noisy:
             raise ValueError("singlestep methods are deterministic; for a noisy phi use Multistep(Data(phi), order).")
