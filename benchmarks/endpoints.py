@@ -26,6 +26,7 @@ class Counted(ScoreModel):
         super().__init__()
         exact = mixture.diffuse(sde)
         self.sde, self.event_shape, self.sigma_data = sde, exact.event_shape, exact.sigma_data
+        self.data_mean = mixture.mean
         k, d = mixture.means.shape
         self.means, self.values, self.logs = mixture.means, mixture.eigenvalues, mixture.weights.log()
         self.basis = mixture.eigenvectors.permute(1, 0, 2).reshape(d, k * d).contiguous()

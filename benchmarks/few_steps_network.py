@@ -36,8 +36,7 @@ from scoresde.store import load_model, save_model, write_json
 RESULTS = Path(__file__).parent / "results" / "few_steps_network.json"
 IMAGES = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 PUBLISHED = {"karras": karras, "log-SNR": uniform_log_snr, "t": uniform_time}
-OURS = ("auto", "ddim", "dpm++2m", "dpm++3m", "unipc2", "unipc3", "deis", "ipndm", "lms")
-OURS += ("adams-noise", "adams-angle", "dpm2", "dpm++2s", "heun")
+OURS = ("auto", "ddim", "dpm++2m", "dpm++3m", "unipc2", "unipc3", "deis", "ipndm", "adams-angle", "heun")
 SHAPE = (1, 28, 28)
 
 
