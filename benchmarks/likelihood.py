@@ -293,11 +293,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Mean error against cost, one panel per problem, and total error where there is one; axes logarithmic."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from scoresde.plots import _figure, save
+    from scoresde.plots import save
+    from scoresde.plots.style import new_figure
 
     panels = [(name, "rows") for name in results] + [(name, "total") for name, r in results.items() if "total" in r]
     columns = min(3, len(panels))
-    figure = _figure(4.6 * columns, 3.7 * math.ceil(len(panels) / columns) + 0.5)
+    figure = new_figure(4.6 * columns, 3.7 * math.ceil(len(panels) / columns) + 0.5)
     style = {name: (*WARM[i % len(WARM)], "-", 2.6 if i == 0 else 1.8, 5) for i, name in enumerate(OURS)}
     style |= {name: (*COLD[i % len(COLD)], "--", 1.2, 1) for i, name in enumerate(PEERS)}
     handles: dict[str, Any] = {}

@@ -333,7 +333,8 @@ def on_network(
 
 def draw(results: dict[str, Any], path: Path, sde: str = "VP") -> None:
     """Both errors against NFE, axes logarithmic."""
-    from scoresde.plots import _figure, save
+    from scoresde.plots import save
+    from scoresde.plots.style import new_figure
 
     # Okabe & Ito's palette
     lines = {
@@ -343,7 +344,7 @@ def draw(results: dict[str, Any], path: Path, sde: str = "VP") -> None:
         "dpm++2m": ("dpm++2m", "#009E73", "^"),
         "ddim": ("ddim", "#999999", "v"),
     }
-    figure = _figure(9, 4.0)
+    figure = new_figure(9, 4.0)
     axes = figure.subplots(1, 2, sharex=True)
     for ax, key, title in zip(axes, ("rms", "median"), ("RMS", "median over starts"), strict=True):
         for name, (label, colour, marker) in lines.items():
