@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -78,8 +78,9 @@ class AnglePath:
 
     def centre_of(self, rows: Tensor | None, like: Tensor) -> Tensor:
         """mu of the examples `rows`, to be combined with `like` (A, *)."""
-        each = rows is not None and self.centre.dim() == like.dim()
-        return (self.centre[rows] if each else self.centre).to(like)
+        centre = cast(Tensor, self.centre)  # asked for only where there is one
+        each = rows is not None and centre.dim() == like.dim()
+        return (centre[rows] if each else centre).to(like)
 
     def time(self, theta: Tensor, low: float, high: float) -> Tensor:
         """t(theta), kept within [low, high], the ends of the solve, which rounding could otherwise leave."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,9 +92,10 @@ def interpolate(
     checks.same_shape(checks.batch(x1, "x1"), x0.shape, "x1")
     checks.finite(x1, "x1")
     if isinstance(weights, numbers.Integral):
-        if checks.positive_int(weights, "weights") > MAX_STEPS:
+        count = checks.positive_int(cast(int, weights), "weights")
+        if count > MAX_STEPS:
             raise ValueError(f"weights must be at most {MAX_STEPS}, got {weights}.")
-        weights = torch.linspace(0, 1, int(weights), dtype=torch.float64)
+        weights = torch.linspace(0, 1, count, dtype=torch.float64).tolist()
     weights = _real(weights, "weights").flatten().tolist()
     if not weights or not all(0 <= w <= 1 for w in weights):
         raise ValueError(f"weights must be numbers in [0, 1], got {list(weights)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,14 +42,14 @@ def lagrange(knots: Array, at: Array) -> Array:
 
     The trailing axes of the two are broadcast against each other.
     """
-    values = 1.0
+    values: Array | float = 1.0
     for i, knot in enumerate(knots):
         gaps = knots - knot
         gaps[i] = 1.0
         factors = (at - knot) / gaps
         factors[i] = 1.0
         values = values * factors
-    return values
+    return cast(Array, values)
 
 
 def lagrange_integrals(knots: Array, at: Array, mass: Array) -> Array:

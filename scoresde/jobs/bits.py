@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,9 +111,9 @@ class BitsJob(Job):
             )
         return {
             "bits_per_dim": result.per_example,
-            "per_draw": result.per_draw,
+            "per_draw": cast(Tensor, result.per_draw),
             "trace_stderr": result.trace_stderr,
-            "nfe": result.nfe_per_example,
+            "nfe": cast(Tensor, result.nfe_per_example),
             "status": result.status,
         }
 

@@ -106,8 +106,9 @@ class Job(ABC):
         whole = {name: torch.cat([tensors[name] for tensors, _ in parts]) for name in parts[0][0]}
 
         def write(path: Path) -> None:
+            arrays: dict[str, Any] = {name: value.numpy() for name, value in whole.items()}
             with open(path, "wb") as f:
-                np.savez_compressed(f, **{name: value.numpy() for name, value in whole.items()})
+                np.savez_compressed(f, **arrays)
 
         seconds = {name: sum(header[name] for _, header in parts) for name in ("seconds", "cpu_seconds")}
         numbers = {**self.summary(whole), **seconds}

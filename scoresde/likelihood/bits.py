@@ -114,10 +114,11 @@ def bits_per_dim(
     maximum), for `levels` other than the model's or missing where they are needed, for a dequantizer made for others, and for
     an empty set.
     """
-    options = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
+    options: dict[str, Any] = dict(divergence=divergence, rtol=rtol, atol=atol, method=method, max_nfe=max_nfe)
     _check_options(model, seed, first, plan, **options, batch_size=batch_size, samples=samples, draws=draws)
-    if len(getattr(data, "shape", ())) > 1:
-        model.check_event(tuple(data.shape[1:]))
+    shape = getattr(data, "shape", ())
+    if len(shape) > 1:
+        model.check_event(tuple(shape[1:]))
     count = levels_of(model, levels)
     ends = pair(model.value_range if value_range is None else value_range)
     points = dequantizer(dequantization, model, count, ends)
@@ -219,7 +220,10 @@ def _log_weights(
     (draws, samples), n = counts, k.shape[0]
     source = RandomSource([derive(s, 1) for s in seeds], k.device, n)
     total, together = draws * samples, max(1, batch_size // max(n, 1))
-    log_w, errors, nfe, status = [], [], [], []
+    log_w: list[Tensor] = []
+    errors: list[Tensor] = []
+    nfe: list[Tensor] = []
+    status: list[Tensor] = []
     for start in range(0, total, together):
         copies = range(start, min(start + together, total))
         drawn = [_checked(*points.draw(k, source), k) for _ in copies]

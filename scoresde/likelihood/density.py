@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -127,14 +127,16 @@ def log_prob(
             stacklevel=2,
         )
     streams = Streams(seed, x.device, x.shape[0], salt=PROBES)
-    options = dict(rtol=rtol, atol=atol, max_nfe=max_nfe)
+    options: dict[str, Any] = dict(rtol=rtol, atol=atol, max_nfe=max_nfe)
     if method == "decoupled":
         options.update(stderr=stderr, differentiable=differentiable, plan=plan)
         result = _decoupled(model, x, divergence, streams, cond, **options)
     else:
         result = _coupled(model, x, divergence, streams.source(), cond, method=method, **options)
     if rounding:
-        result.trajectory_error = torch.fmax(result.trajectory_error, torch.full_like(result.value, rounding))
+        result.trajectory_error = torch.fmax(
+            cast(Tensor, result.trajectory_error), torch.full_like(result.value, rounding)
+        )
     return result
 
 
@@ -170,7 +172,7 @@ def _decoupled(
 ) -> LogProb:
     """By refinement example by example; those that no common grid resolves by an adaptive solve."""
     with evaluating(model):
-        limits = dict(tolerance=tolerance_of(rtol, atol), stderr=stderr, max_nfe=max_nfe)
+        limits: dict[str, Any] = dict(tolerance=tolerance_of(rtol, atol), stderr=stderr, max_nfe=max_nfe)
         found = refine(model, x, divergence, streams, **limits, plan=plan, cond=cond)
         result = _from_refinement(model, found)
         if stderr is not None:
@@ -321,7 +323,9 @@ def _carried(
     else:
         value = -0.5 * sum_event((z.double() / std) ** 2)
         value = value - math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(std))
-    x, change, nfe = z, 0.0, 0
+    x = z
+    change: Tensor | float = 0.0
+    nfe: Tensor | int = 0
     status = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
     if trajectory is not None:
         trajectory(times[0], x)
@@ -332,8 +336,8 @@ def _carried(
             status = torch.maximum(status, moved.status)
             if trajectory is not None:
                 trajectory(s, x)
-    whole = Transport(x, change, nfe, status)
-    return x, from_transport(value, change, whole, z, divergence)
+    whole = Transport(x, cast(Tensor, change), cast(Tensor, nfe), status)
+    return x, from_transport(value, whole.change, whole, z, divergence)
 
 
 def from_transport(start: Tensor, change: Tensor, moved: Transport, latent: Tensor, divergence: Divergence) -> LogProb:

@@ -21,7 +21,7 @@ import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -334,7 +334,8 @@ def dequantizer(
         raise TypeError(
             f"dequantization must be one of {', '.join(DEQUANTIZATIONS)}, or an object with draw(data, source), got {choice!r}."
         )
-    for name, expected in (("levels", levels), ("value_range", value_range)):
+    asked: dict[str, Any] = {"levels": levels, "value_range": value_range}
+    for name, expected in asked.items():
         got = getattr(choice, name, expected)
         if (got != expected) if name == "levels" else (tuple(got) != tuple(expected)):
             raise ValueError(f"the dequantizer was made for {name}={got}, the data are in {name}={expected}.")
@@ -393,7 +394,7 @@ def looks_quantized(x: Any, *, max_levels: int = 1024) -> int | None:
         if whole is not None:
             return whole
         found = [_grid_points(x[:, c].flatten()[:65536], max_levels) for c in range(x.shape[1])]
-        return None if None in found else max(found)
+        return None if None in found else max(cast("list[int]", found))
     return _grid_points(x.flatten()[:65536], max_levels)
 
 

@@ -13,7 +13,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Hutchinson(Divergence):
     ) -> tuple[Tensor, Tensor]:
         if self.mode == "forward" and not differentiable:
             try:
-                return _forward_mode(velocity, u, probes)
+                return _forward_mode(velocity, u, cast(Tensor, probes))
             except (NotImplementedError, RuntimeError) as e:
                 warnings.warn(
                     f"forward-mode differentiation failed ({str(e).splitlines()[0]}); going on in reverse mode.",
@@ -98,7 +98,7 @@ class Hutchinson(Divergence):
                 )
                 self.mode = "reverse"
         graph = _Graph(velocity, u, differentiable)
-        return graph.value, graph.quadratic_forms(probes)
+        return graph.value, graph.quadratic_forms(cast(Tensor, probes))
 
 
 class Hadamard(Divergence):
@@ -124,7 +124,12 @@ class Hadamard(Divergence):
     def probes(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> Tensor:
         return self.probe_sequence(shape, dtype, source)(0)
 
-    def probe_sequence(self, shape: Sequence[int], dtype: torch.dtype, source: RandomSource) -> ProbeSequence:
+    def probe_sequence(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        source: RandomSource,
+    ) -> Callable[[int], Tensor]:
         event = tuple(shape[1:])
         size = hadamard_size(event)
         if self.rows > size:
@@ -146,7 +151,8 @@ class Hadamard(Divergence):
         self, velocity: Velocity, u: Tensor, probes: Tensor | None, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
         graph = _Graph(velocity, u, differentiable)
-        return graph.value, graph.quadratic_forms(probes).unflatten(1, (self.replicates, self.rows)).mean(2)
+        forms = graph.quadratic_forms(cast(Tensor, probes))
+        return graph.value, forms.unflatten(1, (self.replicates, self.rows)).mean(2)
 
 
 class HutchPlusPlus(Divergence):
@@ -172,7 +178,7 @@ class HutchPlusPlus(Divergence):
     ) -> tuple[Tensor, Tensor]:
         graph = _Graph(velocity, u, differentiable)
         third = self.count // 3
-        flat = probes.flatten(2).double()
+        flat = cast(Tensor, probes).flatten(2).double()
 
         def products(rows: Tensor, last: bool = False) -> Tensor:
             """M applied to rows (B, k, d)."""

@@ -58,7 +58,8 @@ class Refinement:
         """For the examples x (B, *), nothing known yet."""
         nan = torch.full((x.shape[0],), math.nan, dtype=torch.float64, device=x.device)
         whole = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        return cls(*(nan.clone() for _ in range(4)), torch.zeros_like(x), *(whole.clone() for _ in range(3)), [])
+        nans, wholes = (nan, nan.clone(), nan.clone(), nan.clone()), (whole, whole.clone(), whole.clone())
+        return cls(*nans, torch.zeros_like(x), *wholes, [])
 
     def put(self, rows: Tensor, **values: Tensor) -> None:
         """Write values of some rows."""

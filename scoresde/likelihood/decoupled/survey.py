@@ -94,7 +94,7 @@ def plan_likelihood(
     if exact:
         good = [rule for rule, e in errors.items() if float(e.abs().quantile(0.9)) <= tolerance]
         if not good:
-            return dataclasses.replace(start, measure=min(rms, key=rms.get)[0])
+            return dataclasses.replace(start, measure=min(rms, key=lambda rule: rms[rule])[0])
         measure, points = min(good, key=lambda rule: (rule[1], rms[rule]))
         nodes = max(points, start.nodes) if model.flow_mismatch >= 0.05 else start.nodes
         return dataclasses.replace(
@@ -127,7 +127,8 @@ def survey(
 ) -> tuple[dict[tuple[AngleWarp, int], Tensor], dict[tuple[AngleWarp, int], float]]:
     """Of every candidate rule (measure, points): its error (B,) in nats on the integrand that the trajectories' own fine rule
     shows, and the mean variance that independent single probes at its points would add."""
-    rule, trace, correction = (v if not isinstance(v, Tensor) else v.cpu() for v in path.integrand(divergence, source))
+    rule, trace, correction = path.integrand(divergence, source)
+    trace, correction = trace.cpu(), correction.cpu()
     measure, integrand = path.plan.measure, trace.mean(2) + correction
     rates = torch.from_numpy(measure.slope(rule.theta))
     expand = torch.from_numpy(legendre(len(rule.theta)))

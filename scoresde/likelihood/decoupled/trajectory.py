@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scoresde import checks
@@ -69,7 +70,7 @@ class QuadratureRule:
 def equispaced(warp: AngleWarp, low: float, high: float, n: int) -> tuple[Array, float]:
     """n angles equally spaced in s from low to high, and their spacing."""
     ends = warp(np.array([low, high]))
-    theta = warp.inverse(np.linspace(*ends, n), low, high)
+    theta = warp.inverse(np.linspace(ends[0], ends[1], n), low, high)
     theta[0], theta[-1] = low, high
     return theta, float(ends[1] - ends[0]) / (n - 1)
 
@@ -189,7 +190,7 @@ def _adams(order: int, implicit: int) -> tuple[float, ...]:
     return tuple(_integrals(nodes[:, None], np.ones(1))[:, 0].tolist())
 
 
-def _integrals(nodes: Array, to: Array) -> Array:
+def _integrals(nodes: NDArray[Any], to: NDArray[Any]) -> Array:
     """Integrals (k, N) from 0 to `to` (N,) of the Lagrange polynomials of `nodes` (k, N)."""
     at, weights = legendre(DENSE)  # exact for polynomials of degree 2 DENSE - 1
     half = 0.5 * to[:, None]
@@ -204,7 +205,7 @@ def dense(n: int, degree: int, at: tuple[float, ...]) -> tuple[Array, Array]:
     """
     width = min(degree + 1, n)
 
-    def stencil(left: Array) -> tuple[Array, Array]:
+    def stencil(left: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], Array]:
         """(which nodes (width, N), where they are seen from the node `left` (N,))"""
         chosen = np.clip(left - (width - 1) // 2, 0, n - width) + np.arange(width)[:, None]
         return chosen, (chosen - left).astype(np.float64)
