@@ -372,7 +372,7 @@ MUTANTS = [
         "test_orders.py::test_order",
         ("predictions.insert(0, combine(", "predictions.insert(1, combine("),
         ("x.add_(predictions[j], alpha=w)", "x.add_(predictions[j - 1], alpha=w)"),
-        ("x = history.base\n", "x = history.base * 1.01\n"),
+        ("history.shifted(history.base, row", "history.shifted(1.01 * history.base, row"),
         ("return 2 if step == 1 and self.order >= 3 else 0", "return 0"),
     ),
     *of(
