@@ -6,18 +6,23 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
 from scoresde._version import __version__
 from scoresde.cli.report import bits_line
 from scoresde.jobs import RESULT_FILE, BitsJob, share_of
+from scoresde.models.base import ScoreModel
 from scoresde.samplers import FewStep, Sampler
 from scoresde.samplers.registry import METHODS
 
 # the names of `scoresde.sampling.METHODS`, as choices on the command line, and what `scoresde tune` left beside the model
-Method = Literal[("tuned", *METHODS)]
+_CHOICES = ("tuned", *METHODS)
+if not TYPE_CHECKING:
+    Method = Literal[_CHOICES]
+else:  # a type checker does not follow computed choices
+    Method = str
 CHUNK = 256
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 MAX_STEPS = 1_000_000
@@ -165,7 +170,7 @@ def tune(
         progress=True,
     )
     print(sampler.report)
-    if sampler.report.gained:
+    if sampler.report is not None and sampler.report.gained:
         print(f"saved: {save_sampler(sampler, folder)}")
     else:
         print("nothing saved: use --method auto.")
@@ -303,7 +308,7 @@ def info(model: str | None = None, config: str | None = None) -> None:
 
 
 def draw_images(
-    net,
+    net: ScoreModel,
     n: int,
     method: str | Sampler,
     steps: int | None,
@@ -321,9 +326,9 @@ def draw_images(
     parts = []
     for start in range(0, n, CHUNK):
         seeds = spawn(seed, min(CHUNK, n - start), start)
-        shape = (len(seeds), *net.event_shape)
+        shape = (len(seeds), *cast(tuple[int, ...], net.event_shape))
         cond = None if label is None else torch.full(shape[:1], label, device=device_of(net))
         x = draw(net, shape, method=method, steps=steps, nfe=nfe, seed=seeds, cond=cond, progress=progress)
-        parts.append(x.cpu())
+        parts.append(cast(torch.Tensor, x).cpu())
     x = torch.cat(parts)
     return x if net.levels is None else quantize(x, net.levels, net.value_range)

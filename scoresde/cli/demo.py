@@ -8,7 +8,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from scoresde._version import __version__
 from scoresde.cli.commands import draw_images, pick_device
 from scoresde.cli.report import bits_line, measure, training_record, write_metrics
+from scoresde.models.base import ScoreModel
 
 # the steps keep the demo short; each method's own default is what `scoresde sample` uses
 DEMO_METHODS = {"pc": 150, "ode": None, "euler": 250, "ancestral": 250, "ddim": 40}
@@ -66,9 +67,9 @@ def demo(
         f"at most {minutes:g} minutes.",
         flush=True,
     )
-    shown: list[int] = []
+    shown: list[float] = []
 
-    def preview(model, record) -> None:
+    def preview(model: ScoreModel, record: dict[str, float]) -> None:
         if not shown:
             shown.append(record["step"])
             print(f"     first samples, {time.perf_counter() - start:.0f} s after the start:", flush=True)
@@ -115,14 +116,14 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return sliced_wasserstein(x, y)
 
 
-def _path_figure(model, seed: int):
+def _path_figure(model: ScoreModel, seed: int) -> Any:
     """Six samples on their way from noise to digits, by DDIM."""
     from scoresde import plots, sample
     from scoresde.samplers import Trajectory
 
     trajectory = Trajectory()
     times = torch.linspace(1, model.sde.t_min, 101, dtype=torch.float64)
-    shape = (6, *model.event_shape)
+    shape = (6, *cast(tuple[int, ...], model.event_shape))
     sample(model, shape, method="ddim", grid=times, seed=seed, trajectory=trajectory)
     at = [min(range(101), key=lambda i: abs(trajectory.times[i] - t)) for t in PATH_TIMES] + [len(trajectory.times) - 1]
     low, high = model.value_range

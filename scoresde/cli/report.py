@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scoresde._version import __version__
 
+if TYPE_CHECKING:
+    from scoresde.data import Images
+    from scoresde.models.base import ScoreModel
+    from scoresde.train import Result, TrainOptions
 
-def measure(net, images, *, probes: int = 8, rtol: float = 1e-4, seed: int = 0, batch_size: int = 64) -> dict[str, Any]:
+
+def measure(
+    net: ScoreModel, images: Images, *, probes: int = 8, rtol: float = 1e-4, seed: int = 0, batch_size: int = 64
+) -> dict[str, Any]:
     """Test bits/dim as plain numbers: mean, standard error, NFE, seconds and settings. Nothing is stored."""
     from scoresde import bits_per_dim
     from scoresde.jobs import estimator_options, numbers_of
 
     start, cpu = time.perf_counter(), time.process_time()
-    estimator = dict(probes=probes, rtol=rtol)
+    estimator: dict[str, Any] = dict(probes=probes, rtol=rtol)
     result = bits_per_dim(
         net,
         images.values,
@@ -44,7 +51,7 @@ def bits_line(m: dict[str, Any]) -> str:
     )
 
 
-def training_record(result, options) -> dict[str, Any]:
+def training_record(result: Result, options: TrainOptions) -> dict[str, Any]:
     """What metrics.json says of a training run."""
     return {
         "versions": {"scoresde": __version__, "torch": torch.__version__},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from jsonargparse import auto_parser
 
@@ -11,7 +13,7 @@ from scoresde.cli.demo import demo
 from scoresde.cli.train import train
 from scoresde.jobs import launched
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
     "sample": commands.sample,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -14,10 +14,17 @@ from scoresde.losses import TIME_SAMPLING, WEIGHTINGS
 from scoresde.models.network import PARAMETERIZATIONS
 from scoresde.sde import SDES
 
-Parameterization = Literal[("levels", *PARAMETERIZATIONS)]
-Process = Literal[tuple(SDES)]
-Weighting = Literal[WEIGHTINGS]
-TimeSampling = Literal[TIME_SAMPLING]
+_CHOICES = ("levels", *PARAMETERIZATIONS)
+if not TYPE_CHECKING:
+    Parameterization = Literal[_CHOICES]
+    Process = Literal[tuple(SDES)]
+    Weighting = Literal[WEIGHTINGS]
+    TimeSampling = Literal[TIME_SAMPLING]
+else:  # a type checker does not follow computed choices
+    Parameterization = str
+    Process = str
+    Weighting = str
+    TimeSampling = str
 
 
 def train(
@@ -93,7 +100,7 @@ def train(
     rank = launched()[0]
     fitted = preset is None and data not in (None, "digits")
     preset = None if fitted else preset or "digits"
-    out = f"runs/{preset or Path(data).stem}" if out is None else out
+    out = f"runs/{preset or Path(cast(str, data)).stem}" if out is None else out
     if resume:
         start = TrainOptions.from_json(options_of(Path(out)))
         options = dataclasses.replace(
@@ -102,11 +109,11 @@ def train(
     elif fitted:
         from scoresde.data import load_images
 
-        options, why = options_for(load_images(data, levels), **given)
+        options, why = options_for(load_images(cast(str, data), levels), **given)
         if rank == 0:
             print(why, flush=True)
     else:
-        options = dataclasses.replace(TRAIN_PRESETS[preset], **given)
+        options = dataclasses.replace(TRAIN_PRESETS[cast(str, preset)], **given)
     result = run_training(options, out, device=device, resume=resume, progress=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -70,8 +70,8 @@ def load_images(source: str, levels: int | None = None) -> Images:
         if levels not in (None, DIGITS_LEVELS):
             raise ValueError(f"the digits have {DIGITS_LEVELS} levels, got levels={levels}.")
         return digits(tail or "test")
-    path, _, key = source.partition(".npz:")
-    path = Path(path + ".npz" if key else source)
+    archive, _, key = source.partition(".npz:")
+    path = Path(archive + ".npz" if key else source)
     if path.is_dir():
         return _folder(path, 256 if levels is None else levels)
     if not path.exists():

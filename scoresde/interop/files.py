@@ -13,7 +13,7 @@ import re
 import threading
 import types
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _numpy_scalar() -> list[Any]:
     def scalar(kind: np.dtype, data: bytes) -> np.float64:
         return core.multiarray.scalar(kind, data)
 
-    named = [(dtype, "numpy", "dtype"), (scalar, "numpy.core.multiarray", "scalar")]
+    named: list[tuple[Any, str, str]] = [(dtype, "numpy", "dtype"), (scalar, "numpy.core.multiarray", "scalar")]
     copy = types.FunctionType(scalar.__code__, globals(), "scalar", None, scalar.__closure__)
     named.append((copy, "numpy._core.multiarray", "scalar"))
     for function, module, name in named:
@@ -174,7 +174,7 @@ def fitting(source: str) -> Iterator[None]:
         ) from e
 
 
-def read_config(config: Any, names: Mapping[str, Callable[[], dict] | dict] | None = None) -> dict[str, Any]:
+def read_config(config: Any, names: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """The options of a checkpoint as a dict: from a mapping, a JSON or YAML file, an object with `to_dict`, or one of `names`.
 
     Raises `ValueError` for an unknown name, a file of another kind (Python files are not executed) or one that holds no
@@ -234,9 +234,11 @@ def _read_yaml(text: str) -> Any:
 
 def step_count(value: Any, name: str) -> int:
     """A number of discrete noise levels, as an integer. `ValueError` unless it is a whole number from 2 to `STEPS`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != int(value) or not 2 <= value <= STEPS:
+    number: Any = value  # the class Real has none of int and <= for the type checker
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or number != int(number) or not 2 <= number <= STEPS:
         raise ValueError(f"{name} must be 2 to {STEPS:,}, a whole number, got {value!r}.")
-    return int(value)
+    return int(number)
 
 
 class Weights:

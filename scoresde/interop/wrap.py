@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ class WrappedNet(ScoreNet):
             )
         checks.choice(predicts, [p for p in PARAMETERIZATIONS if p != "edm"], "kind of prediction")
         if betas is not None:
-            sde = DiscreteVPSDE(tuple(torch.as_tensor(betas, dtype=torch.float64).tolist()))
-            label = label or NoiseLabel("time", len(sde.betas) - 1.0)
+            sde = discrete = DiscreteVPSDE(tuple(torch.as_tensor(betas, dtype=torch.float64).tolist()))
+            label = label or NoiseLabel("time", len(discrete.betas) - 1.0)
         adapter = _Adapter(net, round_labels, learned_variance, cond_name, one_hot)
-        super().__init__(adapter, sde, predicts, label=label, **options)
+        super().__init__(adapter, cast(SDE, sde), predicts, label=label, **options)
 
     @classmethod
     def edm(cls, net: nn.Module, *, cond_name: str | None = "class_labels", **options: Any) -> WrappedNet:
@@ -81,15 +81,17 @@ class WrappedNet(ScoreNet):
         cls, net: nn.Module, scheduler: Any, *, cond_name: str | None = "class_labels", **options: Any
     ) -> WrappedNet:
         """A live network of diffusers, for the process of its scheduler (the object, or its options as a dict)."""
-        given = scheduler if isinstance(scheduler, Mapping) else {**scheduler.config}
-        if not isinstance(scheduler, Mapping):
-            given["_class_name"] = type(scheduler).__name__
+        given: Mapping[str, Any] = (
+            scheduler
+            if isinstance(scheduler, Mapping)
+            else {**scheduler.config, "_class_name": type(scheduler).__name__}
+        )
         fourier = getattr(getattr(net, "config", None), "time_embedding_type", None) == "fourier"
         sde, predicts, label = process_of_scheduler(given, fourier, "the scheduler")
         if fourier:  # called with sigma itself, and divides by it
             predicts, label = "score", NoiseLabel("sigma")
         if hasattr(net, "config"):
-            options = data_of(net.config, isinstance(sde, VESDE)) | options
+            options = data_of(cast(Mapping[str, Any], net.config), isinstance(sde, VESDE)) | options
         return cls(net, sde, predicts, label=label, cond_name=cond_name, **options)
 
 

@@ -67,7 +67,7 @@ def check_regular(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, write: Callable[[Path], None], needed: int | None = None) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], needed: int | None = None) -> None:
     """Call `write` on a temporary file in the same folder, flush it to disk, and rename it to `path`.
 
     needed: bytes that the file will have, where they are known, for the error. Raises `WriteError` where there is no space for
@@ -210,5 +210,5 @@ def digest(tensors: dict[str, Tensor], about: Any = None) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         found.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -78,7 +78,8 @@ def register(
 
 def _remember_arguments(cls: type) -> None:
     """From now on its objects know what they were made with."""
-    plain = cls.__init__
+    made: Any = cls
+    plain = made.__init__
 
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +89,7 @@ def _remember_arguments(cls: type) -> None:
                 bound = inspect.signature(plain).bind(self, *args, **kwargs)
                 object.__setattr__(self, _GIVEN, bound.arguments)
 
-    cls.__init__ = init
+    made.__init__ = init
 
 
 def classes() -> dict[str, type]:
@@ -175,7 +176,8 @@ def options_of(value: Any, path: str = "") -> dict[str, Any]:
         return dict(config)
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-    given, options = getattr(value, _GIVEN, {}), {}
+    given = getattr(value, _GIVEN, {})
+    options: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(value).__init__).parameters.items():
         if name == "self":
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,4 +64,4 @@ def on_meta(tensors: int) -> Iterator[None]:
 def real_like(net: nn.Module) -> nn.Module:
     """A network on the CPU that was made with the same options, `net.config`, as one on meta; its numbers are arbitrary."""
     with untouched_random(), torch.device("cpu"):
-        return type(net)(**net.config)
+        return type(net)(**cast(Mapping[str, Any], net.config))

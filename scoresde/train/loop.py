@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,11 @@ class _Objective(nn.Module):
     def __init__(self, model: ScoreModel, options: TrainOptions):
         super().__init__()
         self.model = model
-        self.kind = dict(
+        self.kind: dict[str, Any] = dict(
             weighting=options.weighting, time_sampling=options.time_sampling, log_snr_range=options.log_snr_range
         )
         scale = mean_weight(model.sde, sigma_data=model.sigma_data, **self.kind)
-        self.scale = scale * math.prod(model.event_shape)
+        self.scale = scale * math.prod(cast(tuple[int, ...], model.event_shape))
 
     def forward(self, x0: Tensor, cond: Tensor | None, generator: torch.Generator) -> Tensor:
         """Weighted mean of the squared noise error per dimension."""
@@ -153,8 +153,8 @@ def _run(
     """The loop itself, in a folder that is ours."""
     train_images, validation = splits
     model = build_model(options, train_images)
-    if len(model.event_shape) == 3:
-        model = model.to(memory_format=torch.channels_last)
+    if len(train_images.event_shape) == 3:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stub
     model.to(accelerator.device)
     average = build_model(options, train_images).to(accelerator.device).eval().requires_grad_(False)
     average.load_state_dict(model.state_dict())

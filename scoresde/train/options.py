@@ -117,27 +117,30 @@ class TrainOptions:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ValueError(f"unknown training options {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
 
 
 def _integer(value: Any, name: str, low: int, high: int | None = None) -> int:
     """`value` as an int in low..high; `TypeError` for another kind of number, `ValueError` outside."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         raise ValueError(
             f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, got {value}."
         )
-    return int(value)
+    return number
 
 
 def _number(value: Any, name: str, low: float, high: float = math.inf) -> float:
     """`value` as a finite float in [low, high); `TypeError` for what is no number, `ValueError` outside."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
-    if not (math.isfinite(value) and low <= value < high):
+    number: Any = value  # the class Real has no <= for the type checker
+    if not (math.isfinite(number) and low <= number < high):
         raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}), got {value}.")
-    return float(value)
+    return float(number)
 
 
 def _sequence(value: Any, name: str) -> tuple[Any, ...]:

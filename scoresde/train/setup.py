@@ -38,7 +38,8 @@ def load_splits(options: TrainOptions) -> tuple[Images, Images]:
         raise ValueError(f"{options.data} has {len(whole)} images: too few to hold {n} out for validation.")
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(options.seed, 0x59117)))
     parts = (order[n:], "train"), (order[:n], "validation")
-    return tuple(Images(whole.values[rows], whole.levels, f"{whole.name}:{name}") for rows, name in parts)
+    train, validation = (Images(whole.values[rows], whole.levels, f"{whole.name}:{name}") for rows, name in parts)
+    return train, validation
 
 
 def digest_of(splits: tuple[Images, Images]) -> str:
@@ -70,7 +71,7 @@ def build_model(options: TrainOptions, images: Images) -> ScoreModel:
         )
     sde = SDES[options.sde](**options.sde_options)
     if quantized:
-        ends = {} if options.log_snr_range is None else {"label_range": options.log_snr_range}
+        ends: dict[str, Any] = {} if options.log_snr_range is None else {"label_range": options.log_snr_range}
         return QuantizedScoreNet(net, sde, images.levels, **ends, **common)
     return ScoreNet(net, sde, options.parameterization, levels=images.levels, **common)
 

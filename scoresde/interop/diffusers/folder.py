@@ -122,6 +122,7 @@ def data_of(options: Mapping[str, Any], exploding: bool) -> dict[str, Any]:
 def _network(name: str | None, options: dict[str, Any], weights: Weights, folder: Path) -> nn.Module:
     if name == "Transformer2DModel" and options.get("norm_type") == "ada_norm_zero":
         name = "DiTTransformer2DModel"  # what files of that network were called before it had a class of its own
+    net: nn.Module
     if name == "DiTTransformer2DModel":
         with weights.sketch():
             net = dit_from_config(options, blocks_differ(weights))

@@ -20,6 +20,7 @@ from scoresde.interop.diffusers.schedules import process_of_scheduler
 from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.rng import RandomSource
 from scoresde.samplers import Sampler, time_grid
+from scoresde.samplers.base import State
 from scoresde.samplers.registry import sampler_for
 
 
@@ -93,7 +94,9 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         return cls({**scheduler.config, "_class_name": type(scheduler).__name__}, method, sigma_data)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Any:
+    def from_config(  # type: ignore[override]  # theirs has a default for config, with which it raises
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any
+    ) -> Any:
         """One for the process of another scheduler's configuration, or of its own; `changes` replace entries of it.
 
         Raises `ValueError` for configurations of a kind that is not known.
@@ -116,7 +119,9 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         asked = self._times if self.sampler.denoise_final else self._times[:-1]
         self.timesteps = self.model.label(self.model.sde, asked).to(device=device, dtype=torch.float32)
         self._asked = self.timesteps.tolist()
-        self._place, self._state, self._prepared = 0, None, None
+        self._place = 0
+        self._state: State[Any] | None = None
+        self._prepared: Any = None  # the model as the sampler sees it, once a step has been asked for
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself."""
@@ -135,7 +140,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         if not len(self.timesteps):
             raise ValueError("call set_timesteps before step.")
         i, times = self._index(float(timestep)), self._times.tolist()
-        if self._prepared is None:
+        if self._prepared is None or self._state is None:
             self._prepared = self.model.prepare(sample, self._times)
             # from here on: what a multistep method would know of the steps before is not there
             self._state = self.sampler.start(self._prepared, self._times[min(i, len(times) - 2) :])
@@ -170,4 +175,4 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         return self.model.sde.perturb(original_samples, (timesteps.double() - label.shift) / label.scale, noise)
 
     def __len__(self) -> int:
-        return int(self.config.options.get("num_train_timesteps", 1000))
+        return int(self.config["options"].get("num_train_timesteps", 1000))

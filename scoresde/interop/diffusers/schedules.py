@@ -75,8 +75,8 @@ def process_of_scheduler(options: Mapping[str, Any] | None, fourier: bool, sourc
     prediction = options.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction_type {prediction!r} is not known; known are {', '.join(PREDICTIONS)}.")
-    sde = DiscreteVPSDE(tuple(betas_of(options).tolist()))
-    return sde, PREDICTIONS[prediction], NoiseLabel("time", len(sde.betas) - 1.0)
+    discrete = DiscreteVPSDE(tuple(betas_of(options).tolist()))
+    return discrete, PREDICTIONS[prediction], NoiseLabel("time", len(discrete.betas) - 1.0)
 
 
 def _refuse_schedule(options: Mapping[str, Any], name: str, source: str) -> None:

@@ -57,12 +57,12 @@ def unet_from_config(config: Mapping[str, Any], weights: Weights) -> UNet:
     size = (size, size) if isinstance(size, int) else tuple(size)
     scale = get("resnet_time_scale_shift")
     _refuse(get, skip, scale)
-    resnet = _resampling(down[:-1], get("downsample_type")) | _resampling(up[1:], get("upsample_type"))
-    if len(resnet) > 1:
+    ways = _resampling(down[:-1], get("downsample_type")) | _resampling(up[1:], get("upsample_type"))
+    if len(ways) > 1:
         raise ValueError(
             f"blocks {down} and {up[::-1]} change the resolution in different ways, which is not supported."
         )
-    resnet = resnet == {"resnet"}
+    resnet = ways == {"resnet"}
     groups = get("norm_num_groups")
     conv = "conv" if int(get("downsample_padding")) == 0 else "conv_centred"
     fourier = get("time_embedding_type") == "fourier"

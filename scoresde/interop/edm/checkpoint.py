@@ -24,7 +24,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 from scoresde.interop.edm.snapshot import network_of
 from scoresde.interop.files import Weights, fitting, read_config, read_torch
 from scoresde.models.network import NoiseLabel, ScoreNet
+from scoresde.nets.blocks import SelfAttention
 from scoresde.nets.unet import UNet
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, DiscreteVPSDE
 from scoresde.store import as_path, read_tensors
@@ -80,7 +81,7 @@ def _model_of(weights: Weights, options: dict[str, Any]) -> ScoreNet:
     plan = _Plan(weights, options)
     model = _model(plan, weights, options)
     weights.ignore([k for k in weights.left if k.endswith("resample_filter") or k == "map_augment.weight" or k == "u"])
-    model.net = weights.fill(model.net, dict(_renamed(model.net, plan, weights)))
+    model.net = weights.fill(model.net, dict(_renamed(cast(UNet, model.net), plan, weights)))
     return model.eval()
 
 
@@ -281,7 +282,7 @@ def _precond(options: dict[str, Any], weights: Weights) -> tuple[SDE, str, Noise
         return EDMSDE(low or 0.002, high if math.isfinite(high) else 80.0), "edm", NoiseLabel("log_sigma", 0.25)
     if kind == "VPPrecond":
         low = float(options.get("beta_min", 0.1))
-        sde = VPSDE(low, low + float(options.get("beta_d", 19.9)), float(options.get("epsilon_t", 1e-5)))
+        sde: SDE = VPSDE(low, low + float(options.get("beta_d", 19.9)), float(options.get("epsilon_t", 1e-5)))
         return sde, "noise", NoiseLabel("time", float(options.get("M", 1000)) - 1)
     if kind == "VEPrecond":
         sde = VESDE(float(options.get("sigma_min", 0.02)), float(options.get("sigma_max", 100.0)))
@@ -316,7 +317,7 @@ def _renamed(net: UNet, plan: _Plan, weights: Weights) -> Names:
             yield from layer(f"{own}.skip", f"{theirs}.skip")
         if attention:
             yield from layer(f"{attention}.norm", f"{theirs}.norm2")
-            heads = net.get_submodule(attention).heads
+            heads = cast(SelfAttention, net.get_submodule(attention)).heads
             for kind in ("weight", "bias"):
                 value = weights.take(f"{theirs}.qkv.{kind}")
                 value = value.reshape(len(value), -1)

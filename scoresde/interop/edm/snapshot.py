@@ -179,6 +179,7 @@ class _Machine:
         self.unfilled: dict[int, Any] = {}  # objects whose attributes are yet to come, by id
 
     def load(self) -> Any:
+        arg: Any
         for opcode, arg, _ in pickletools.genops(self.source):  # type: ignore[arg-type]
             name, stack = opcode.name, self.stack
             if name in _VALUES:

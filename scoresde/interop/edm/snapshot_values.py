@@ -208,6 +208,7 @@ def _load_storage(args: tuple[Any, ...]) -> _Storage:
     stream = io.BytesIO(data)
     for _ in range(5):  # the number, the version, the machine, the storage, the list of storages
         names = []
+        arg: Any
         for opcode, arg, _ in pickletools.genops(stream):
             names.append(opcode.name)
             if opcode.name == "GLOBAL":
@@ -282,7 +283,7 @@ def numpy_fill(array: np.ndarray, state: Any) -> None:
     version, shape, dtype, fortran, data = state
     need(type(version) is int and version == 1, "an array of NumPy is of an unknown version of its format.")
     need(type(fortran) in (bool, int) and _fits(shape, dtype, data), "an array of NumPy does not fit its bytes.")
-    array.__setstate__((1, shape, dtype, bool(fortran), data))
+    array.__setstate__((1, shape, dtype, bool(fortran), data))  # type: ignore[arg-type]  # the stub wants NumPy's bool
 
 
 def _numpy_from(args: tuple[Any, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,9 +68,12 @@ def load_score_sde(
         weights.check()
         model = build_score_sde(options, weights)
         weights.ignore(["sigmas"])
-        older = isinstance(model.net, RefineNet)
-        values = ncsn_weights(model.net, weights) if older else dict(_renamed(model.net, weights))
-        model.net = weights.fill(model.net, values)
+        net = model.net
+        if isinstance(net, RefineNet):
+            values = ncsn_weights(net, weights)
+        else:
+            values = dict(_renamed(cast(UNet, net), weights))
+        model.net = weights.fill(net, values)
     return model.eval()
 
 

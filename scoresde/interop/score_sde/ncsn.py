@@ -15,14 +15,14 @@ compute, whose names of tensors are the same, and that is what is done here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoresde.interop.files import Weights, step_count
 from scoresde.models.network import NoiseLabel, ScoreNet
-from scoresde.nets.refinenet import ACTIVATIONS, RefineNet
+from scoresde.nets.refinenet import ACTIVATIONS, Refine, RefineNet
 from scoresde.sde import VESDE
 
 _PLAIN = dict(multipliers=(1, 2, 2, 2), dilations=(1, 1, 2, 4))
@@ -129,13 +129,13 @@ def ncsn_weights(net: RefineNet, weights: Weights) -> dict[str, Tensor]:
             found[f"{own}.norm.table"] = torch.cat(parts)[None]
 
     def units(own: str, theirs: str) -> None:
-        for i in range(len(net.get_submodule(own))):
+        for i in range(len(cast(nn.ModuleList, net.get_submodule(own)))):
             for k, which in enumerate(("first", "second"), 1):
                 layer(f"{own}.{i}.{which}", f"{theirs}.{i + 1}_{k}_conv", f"{theirs}.{i + 1}_{k}_norm")
 
     conv("enter", "begin_conv")
     for i, number in enumerate(finest_first):
-        for j, block in enumerate(net.down[i]):
+        for j, block in enumerate(cast(nn.ModuleList, net.down[i])):
             own, theirs = f"down.{i}.{j}", f"res{number}.{j}"
             layer(f"{own}.first", f"{theirs}.conv1", f"{theirs}.normalize1")
             layer(f"{own}.second", f"{theirs}.conv2", f"{theirs}.normalize2")
@@ -143,10 +143,11 @@ def ncsn_weights(net: RefineNet, weights: Weights) -> dict[str, Tensor]:
                 conv(f"{own}.skip", f"{theirs}.shortcut")
     for i, number in enumerate(coarsest_first):
         own, theirs = f"up.{i}", f"refine{number}"
-        for j in range(len(net.up[i].adapt)):
+        stage = cast(Refine, net.up[i])
+        for j in range(len(stage.adapt)):
             units(f"{own}.adapt.{j}", f"{theirs}.adapt_convs.{j}")
         for ours, part in (("join", "msf"), ("chain", "crp")):
-            for j in range(len(getattr(net.up[i], ours) or ())):
+            for j in range(len(getattr(stage, ours) or ())):
                 layer(f"{own}.{ours}.{j}", f"{theirs}.{part}.convs.{j}", f"{theirs}.{part}.norms.{j}")
         units(f"{own}.units", f"{theirs}.output_convs")
     layer("leave", "end_conv", "normalizer")
