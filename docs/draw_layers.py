@@ -10,7 +10,7 @@ from matplotlib.patches import FancyBboxPatch
 
 LAYERS = [
     ("the person", ["cli"], "#f3f3f3"),
-    ("the outside world", ["data", "train", "interop", "plots", "jobs"], "#e8e1f0"),
+    ("the outside world", ["data", "jobs", "train", "interop", "plots"], "#e8e1f0"),
     (
         "what to compute",
         ["samplers", "latents", "likelihood", "sampling", "distill", "guidance", "metrics", "store"],
@@ -18,7 +18,7 @@ LAYERS = [
     ),
     ("the denoiser", ["models", "losses", "flow"], "#dff1e6"),
     ("alpha, sigma, time", ["sde", "grids"], "#fdf1d8"),
-    ("torch only", ["checks", "rng", "modes", "progress", "conditions", "ode", "nets"], "#f9e1d6"),
+    ("torch only", ["checks", "numerics", "rng", "modes", "progress", "conditions", "ode", "nets"], "#f9e1d6"),
 ]
 
 

@@ -44,7 +44,7 @@ def unet():
 def scheduler(method, original=None):
     from scoresde.interop.diffusers.scheduler import SamplerScheduler
 
-    return SamplerScheduler.of(original or diffusers.DDPMScheduler(), method)
+    return SamplerScheduler.of(original or diffusers.DDPMScheduler(), method, event_shape=SHAPE[1:])
 
 
 def drive(net, steps, x, seed=None):

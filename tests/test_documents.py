@@ -218,7 +218,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_names_what_exists():
     """Commands and options in code spans and blocks."""
-    from scoresde.cli.main import COMMANDS
+    from scoresde.cli.run import COMMANDS
 
     text = README.read_text() + (DOCS / "getting-started.md").read_text()
     said = re.findall(r"^(?: {4})?scoresde (\w+)(.*)$", text, re.M)

@@ -18,7 +18,7 @@ from scoresde.samplers.few_step import integrals, nodes, rule_weights, tau, untu
 from scoresde.store import load_model, load_samplers, save_model, save_sampler
 
 PROCESSES = [VPSDE(t_min=1e-3), VESDE(), EDMSDE()]
-QUICK = dict(starts=64, held_out=64, teacher_nfe=60, iterations=3, jacobian_starts=32)
+QUICK = dict(starts=64, held_out=64, teacher_nfe=60, iterations=5, jacobian_starts=32)
 
 
 class Counting(ScoreModel):

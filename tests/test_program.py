@@ -215,7 +215,7 @@ def test_a_full_disk_in_sample_convert_and_bpd(model_path, tmp_path):
     line = ended(start([*sample, "--out", tmp_path / "s"], file_limit=100), 2)
     assert "samples.png" in line
     assert files_of(tmp_path / "s") == []
-    line = ended(start(["convert", model_path, "--out", tmp_path / "c"], file_limit=10_000), 2)
+    line = ended(start(["convert", model_path, tmp_path / "c"], file_limit=10_000), 2)
     assert "model.safetensors" in line
     assert list((tmp_path / "c").iterdir()) == []
     bpd = ["bpd", model_path, "--limit", 2, "--probes", 1, "--rtol", 0.1, "--out", tmp_path / "b"]

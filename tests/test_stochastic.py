@@ -283,10 +283,18 @@ def test_no_churn_is_heun(ring8, sde):
 
 
 def test_eta_zero_is_the_flow():
-    """Euler-Maruyama without noise is Euler on the probability flow."""
-    sde = VPSDE()
+    """Euler-Maruyama without noise is Euler on the flow, x + (s - t) velocity; so is FlowEuler where alpha is linear."""
     pair = torch.tensor([0.9, 0.3], dtype=torch.float64), torch.tensor([0.8, 0.25], dtype=torch.float64)
-    for a, b in zip(EulerMaruyama(0.0).coefficients(sde, *pair), FlowEuler().coefficients(sde, *pair), strict=True):
+    t, s = pair
+    for sde in (VPSDE(), RectifiedFlow()):
+        rate = (s - t) * sde.sigma_dot(t) / sde.sigma(t)
+        euler = 1 + rate, (s - t) * sde.alpha_dot(t) - rate * sde.alpha(t), torch.zeros_like(t)
+        for a, b in zip(EulerMaruyama(0.0).coefficients(sde, *pair), euler, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        a, b, _ = FlowEuler().coefficients(sde, *pair)
+        torch.testing.assert_close(a, euler[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(a * sde.alpha(t) + b, sde.alpha(s), rtol=1e-12, atol=1e-14)
+    for a, b in zip(FlowEuler().coefficients(sde, *pair), euler, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 

@@ -79,7 +79,7 @@ def test_a_flipped_bit_in_the_options_of_a_training(tmp_path):
     model = mlp_model()
     optimizer = torch.optim.Adam(model.parameters())
     progress = checkpoint.Progress(step=7, history=[{"step": 7.0, "loss": 0.123456}])
-    checkpoint.save(tmp_path, model, model, optimizer, progress, {"lr": 1e-3, "seed": 3})
+    checkpoint.save(tmp_path, model, model, optimizer, progress, {"lr": 1e-3, "seed": 3}, {"processes": 1})
     saved, problems = checkpoint.read_latest(tmp_path)
     assert (saved.progress, saved.options, problems) == (progress, {"lr": 1e-3, "seed": 3}, [])
     path = tmp_path / "checkpoints" / "step-00000007" / "training.json"

@@ -183,7 +183,8 @@ class LinearSampler(Sampler[LinearRow]):
 
 def data_spread(model: ScoreModel, event_shape: Sequence[int] | None = None) -> float:
     """`grids.spread_of` of the data of a model; one that does not know the shape of its examples, and is not told, has d = 1."""
-    return spread_of(model.sigma_data, model.event_shape or event_shape or ())
+    shape = model.event_shape if event_shape is None else event_shape
+    return spread_of(model.sigma_data, shape or ())
 
 
 def undefined(sampler: Sampler, sde: SDE, t: float, s: float) -> ValueError:

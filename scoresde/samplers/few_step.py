@@ -253,27 +253,33 @@ class FewStep(HistorySampler):
         )
 
     def evaluations(self, model: ScoreModel, times: Tensor) -> int:
-        """How many evaluations a solve through `times`, this sampler's own, takes: one an interval but for the free move.
+        """How many evaluations a solve through `times`, this sampler's own, takes. Raises `ValueError` for other times."""
+        return self._layout(model, times)[0]
 
-        The rule's first move is free where the start lies nearer to infinity, in tau, than one step of the grid. Raises
-        `ValueError` for other times.
+    def _layout(self, model: ScoreModel, times: Tensor) -> tuple[int, Sequence[int] | None]:
+        """(n, shape): `times` are those of n evaluations for examples of that shape, the model's (None) or one that nobody told.
+
+        One evaluation an interval but for the free move. The rule's first move is free where the start lies nearer to infinity,
+        in tau, than one step of the grid.
         """
-        n = times.numel() - 1
-        if self.scheme is not None:
-            n = min(n, self.scheme.nfe)
-        elif self.mean_of(model) is not None and n > 1:
-            reach = REACH * data_spread(model) * self.scale(model) / model.sigma_data
-            start, *following = tau(np.exp(-0.5 * model.sde.log_snr(times[:3]).numpy()), reach)
-            n -= bool(1 - start <= following[0] - following[1])
-        own = self.times(model, n, float(times[0]))
-        if own.shape != times.shape or float((own - times).abs().max()) > 1e-9:
-            raise ValueError(
-                "these are not the times of this sampler: take its times(model, steps), or on_given_grid() for others."
-            )
-        return n
+        for shape in (None, ()):
+            n = times.numel() - 1
+            if self.scheme is not None:
+                n = min(n, self.scheme.nfe)
+            elif self.mean_of(model) is not None and n > 1:
+                reach = REACH * data_spread(model, shape) * self.scale(model) / model.sigma_data
+                start, *following = tau(np.exp(-0.5 * model.sde.log_snr(times[:3]).numpy()), reach)
+                n -= bool(1 - start <= following[0] - following[1])
+            own = self.times(model, n, float(times[0]), shape)
+            if own.shape == times.shape and float((own - times).abs().max()) <= 1e-9:
+                return n, shape
+        raise ValueError(
+            "these are not the times of this sampler: take its times(model, steps), or on_given_grid() for others."
+        )
 
     def rows(self, model: ScoreModel, times: Tensor) -> list[MultistepRow]:
-        scheme = self.scheme_for(model, self.evaluations(model, times), float(times[0]))
+        evaluations, shape = self._layout(model, times)
+        scheme = self.scheme_for(model, evaluations, float(times[0]), shape)
         angle, n = Angle(self.scale(model)), scheme.nfe
         points = Points.of(model.sde, times)
         _, size = rotation(points.alpha, points.sigma, angle.c)

@@ -1,5 +1,6 @@
 """Our samplers as a scheduler of diffusers, for its pipelines. Layer 4; importing this module needs diffusers.
 
+from scoresde.grids import karras, takes_spread
 from scoresde.interop.diffusers.scheduler import SamplerScheduler
 
 pipeline.scheduler = SamplerScheduler.of(pipeline.scheduler, method="dpm++2m")
@@ -7,7 +8,7 @@ pipeline.scheduler = SamplerScheduler.of(pipeline.scheduler, method="dpm++2m")
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from scoresde.grids import karras, takes_spread
 from scoresde.interop.diffusers.schedules import process_of_scheduler
 from scoresde.models.network import NoiseLabel, ScoreNet
 from scoresde.rng import RandomSource
@@ -36,7 +38,7 @@ class _Said(nn.Module):
         return answer
 
 
-OWN = ("options", "method", "sigma_data")
+OWN = ("options", "method", "sigma_data", "event_shape")
 
 
 def _kind(options: Mapping[str, Any]) -> str:
@@ -59,7 +61,9 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         under "_class_name".
     method: a name of `scoresde.METHODS` whose sampler evaluates the network once per step: "ddim", "dpm++2m", "dpm++3m",
         "unipc2", "deis", "ipndm", "euler", "ancestral" and others.
-    sigma_data: rough standard deviation of the data, a scale for the methods on the angle path.
+    sigma_data: rough standard deviation of the data, a scale for the methods on the angle path and for grids.
+    event_shape: of one example, such as (3, 32, 32), on which the default grids of most methods depend; without it those methods
+        run on the grid of Karras et al. 2022.
 
     Its configuration repeats the original's options, so other schedulers can be made of it, and it of theirs, by `from_config`,
     with the schedule that the network was trained for. Timesteps are real numbers, on the method's own grid; networks with
@@ -70,7 +74,13 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     @register_to_config
-    def __init__(self, options: Mapping[str, Any], method: str = "dpm++2m", sigma_data: float = 0.5):
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        method: str = "dpm++2m",
+        sigma_data: float = 0.5,
+        event_shape: Sequence[int] | None = None,
+    ):
         self.sampler: Sampler = sampler_for(method)
         if self.sampler.nfe_per_step != 1 or self.sampler.saved_at_zero or hasattr(self.sampler, "scheme"):
             raise ValueError(
@@ -89,9 +99,15 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(**theirs, _use_default_values=unset)
 
     @classmethod
-    def of(cls, scheduler: Any, method: str = "dpm++2m", sigma_data: float = 0.5) -> SamplerScheduler:
+    def of(
+        cls,
+        scheduler: Any,
+        method: str = "dpm++2m",
+        sigma_data: float = 0.5,
+        event_shape: Sequence[int] | None = None,
+    ) -> SamplerScheduler:
         """One for the process of another scheduler of diffusers."""
-        return cls({**scheduler.config, "_class_name": type(scheduler).__name__}, method, sigma_data)
+        return cls({**scheduler.config, "_class_name": type(scheduler).__name__}, method, sigma_data, event_shape)
 
     @classmethod
     def from_config(  # type: ignore[override]  # theirs has a default for config, with which it raises
@@ -109,13 +125,15 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
             name = inner.get("_class_name") or _kind(theirs)
         if "_use_default_values" in config:
             theirs["_use_default_values"] = config["_use_default_values"]
-        own = {k: changed[k] for k in ("method", "sigma_data") if k in changed}
+        own = {k: changed[k] for k in ("method", "sigma_data", "event_shape") if k in changed}
         made = cls({**inner, **theirs, "_class_name": name}, **own)
         return (made, {}) if return_unused_kwargs else made
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Lay out the grid of so many steps, and one more evaluation where the method ends with the denoiser."""
-        self._times = time_grid(self.sampler, self.model, num_inference_steps)
+        shape = self.config.event_shape
+        grid = karras if shape is None and takes_spread(self.sampler.grid) else None
+        self._times = time_grid(self.sampler, self.model, num_inference_steps, grid, event_shape=shape)
         asked = self._times if self.sampler.denoise_final else self._times[:-1]
         self.timesteps = self.model.label(self.model.sde, asked).to(device=device, dtype=torch.float32)
         self._asked = self.timesteps.tolist()
