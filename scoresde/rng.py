@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def _checked(seed: int) -> int:
     return int(seed)
 
 
-def _is_generators(seed: Seed) -> bool:
+def _is_generators(seed: Seed) -> TypeGuard[Sequence[torch.Generator]]:
     return isinstance(seed, (tuple, list)) and any(isinstance(g, torch.Generator) for g in seed)
 
 
@@ -98,7 +98,7 @@ class Streams:
             seed = _read(seed)
         elif _is_generators(seed):
             seed = [_read(g) for g in seed]
-        self.seed = seed if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+        self.seed = seed if isinstance(seed, (int, np.integer)) else [int(s) for s in cast("Sequence[int]", seed)]
         self.device, self.batch_size, self.salt = device, batch_size, salt
 
     def source(self, rows: Tensor | None = None, *key: int, part: int = 0) -> RandomSource:
@@ -140,7 +140,8 @@ class RandomSource:
                 self.rows = [self._here(g) for g in seed]
                 return
             try:
-                seeds = [operator.index(s) for s in (seed if isinstance(seed, Sequence) else seed.tolist())]
+                given: Sequence[Any] = seed if isinstance(seed, Sequence) else seed.tolist()
+                seeds = [operator.index(s) for s in given]
             except TypeError as e:
                 raise TypeError(f"seed must be integers, one per sample, got {seed!r}.") from e
             self.rows = self._make(seeds)
@@ -162,8 +163,8 @@ class RandomSource:
     def _make(self, seeds: list[int]) -> list[torch.Generator]:
         return generators([derive(_checked(s), self.salt) for s in seeds] if self.salt else seeds, self.device)
 
-    def _draw(self, function, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        kind = dict(dtype=dtype, device=self.device)
+    def _draw(self, function: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        kind: dict[str, Any] = dict(dtype=dtype, device=self.device)
         if self.rows is None:
             return function(tuple(shape), generator=self.generator, **kind)
         if shape[0] != len(self.rows):

@@ -110,7 +110,7 @@ def sample(
 
 def _with_values(chosen: Sampler, model: ScoreModel, shape: tuple[int, ...], **start: Any) -> tuple[Tensor, Tensor]:
     """Samples and their log densities alone. Raises `RuntimeError` if the solve of one failed."""
-    x, result = sample_with_log_prob(model, shape, **chosen.solve_options, **start)
+    x, result = sample_with_log_prob(model, shape, **(chosen.solve_options or {}), **start)
     failed = (result.status != ode.OK).nonzero().flatten().tolist()
     if failed:
         raise RuntimeError(

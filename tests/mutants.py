@@ -248,12 +248,12 @@ MUTANTS = [
         "test_sde.py::test_published_closed_forms test_sde.py::test_overrides_agree_with_automatic_differentiation "
         "test_sde.py::test_edm_cosine_and_rectified_flow_closed_forms",
         ("0.5 * t * (self.beta_max", "t * (self.beta_max"),
-        ("-self._beta(t) * torch.expm1(-2 * self._integral(t))", "-self._beta(t) * torch.expm1(-self._integral(t))"),
+        ("torch.expm1(-2 * self._integral(as_tensor(t)))", "torch.expm1(-self._integral(as_tensor(t)))"),
         ("self.sigma(t) * math.sqrt(2 * self._log_ratio)", "self.sigma(t) * math.sqrt(self._log_ratio)"),
         ("* (high - low)) ** (self.rho - 1)", "* (high - low)) ** self.rho"),
         ("torch.sqrt(2 * speed * torch.tan(theta))", "torch.sqrt(speed * torch.tan(theta))"),
         ("math.atan(math.exp(-0.5 * self.log_snr_max))", "math.atan(math.exp(-self.log_snr_max))"),
-        ("return self._beta(t) * self.alpha(t) ** 2", "return self._beta(t) * self.alpha(t)"),
+        ("return self._beta(as_tensor(t)) * self.alpha(t) ** 2", "return self._beta(as_tensor(t)) * self.alpha(t)"),
     ),
     *of(
         "sde/processes.py",

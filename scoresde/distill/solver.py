@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -304,7 +304,7 @@ class _EndpointProblem:
         schemes = [self.family.scheme(p), *(self.family.scheme(p + self.difference * e) for e in units)]
         first = [0, *self.family.first]
         usable = [k for k, s in enumerate(schemes) if s is not None]
-        ends = self.flow.ends([schemes[k] for k in usable], [first[k] for k in usable], self.u[index], index)
+        ends = self.flow.ends([s for s in schemes if s is not None], [first[k] for k in usable], self.u[index], index)
         jacobian = torch.zeros(self.family.size, ends[0].numel(), dtype=torch.float64, device=ends.device)
         moved = torch.tensor(usable[1:], device=ends.device) - 1
         jacobian[moved] = ((ends[1:] - ends[0]) / self.difference).flatten(1)
@@ -345,7 +345,7 @@ def _fit(
     part = len(y) // 4
     chosen, fit = slice(0, part), slice(part, None)
     p = torch.zeros(family.size, dtype=torch.float64)
-    error = problem.errors(p)
+    error = cast("Tensor", problem.errors(p))  # the rule's own levels are in order
     best, best_score, damping = p, _score(error[chosen]), 1e-2
     for turn in range(options.iterations):
         delta2 = 0.25 * error[fit].median()
@@ -358,7 +358,7 @@ def _fit(
         p, error, damping = found
         if _score(error[chosen]) < best_score:
             best, best_score = p, _score(error[chosen])
-    return family.scheme(best)
+    return cast("Scheme", family.scheme(best))
 
 
 def _lower(
@@ -371,7 +371,7 @@ def _lower(
         values = [math.inf if e is None else _robust(e[fit], delta2) for e in found]
         k = int(np.argmin(values))
         if values[k] < value:
-            return trials[k], found[k], max(damping * DAMPING[k], 1e-7)
+            return trials[k], cast("Tensor", found[k]), max(damping * DAMPING[k], 1e-7)
         damping *= 100
     return None
 

@@ -13,7 +13,7 @@ float64; scores and denoisers come back in the dtype of x, log densities (nats) 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -114,6 +114,12 @@ class GaussianMixture:
 class DiffusedMixture(ScoreModel):
     """Exact marginals of a diffused mixture, all in closed form. Has no trainable parameters."""
 
+    event_shape: tuple[int, ...]
+    weights: Tensor
+    means: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
     def __init__(self, mixture: GaussianMixture, sde: SDE):
         super().__init__()
         self.mixture = mixture
@@ -138,20 +144,20 @@ class DiffusedMixture(ScoreModel):
         return self.log_prob(x, 1.0)
 
     def denoise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        return self._answer(x, t, cond, mean=True)[0]
+        return cast("Tensor", self._answer(x, t, cond, mean=True)[0])
 
     def noise(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         return -expand(self.sde.sigma(self.time_of(t, x)), x) * self.score(x, t, cond)
 
     def predict(self, x: Tensor, t: Tensor | float, cond: Any = None) -> tuple[Tensor, Tensor]:
-        denoised, score = self._answer(x, t, cond, mean=True, score=True)
+        denoised, score = cast("tuple[Tensor, Tensor]", self._answer(x, t, cond, mean=True, score=True))
         return denoised, -expand(self.sde.sigma(self.time_of(t, x)), x) * score
 
     def score(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        return self._answer(x, t, cond, score=True)[1]
+        return cast("Tensor", self._answer(x, t, cond, score=True)[1])
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
-        denoised, score = self._answer(x, t, cond, mean=True, score=True)
+        denoised, score = cast("tuple[Tensor, Tensor]", self._answer(x, t, cond, mean=True, score=True))
         t = self.time_of(t, x)
         return expand(self.sde.alpha_dot(t), x) * denoised - expand(self.sde.half_variance_rate(t), x) * score
 

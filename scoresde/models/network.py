@@ -132,7 +132,8 @@ class ScoreNet(ScoreModel):
         return type(self).denoise is not ScoreNet.denoise
 
     def affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return tuple(torch.zeros_like(t) if v is None else v for v in self._coefficients(t))
+        a, b, c, e = (torch.zeros_like(t) if v is None else v for v in self._coefficients(t))
+        return a, b, c, e
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
         """(a, b, c, e) with D = a x + b F and eps = c x + e F for the network's output F; None stands for 0.

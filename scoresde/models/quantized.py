@@ -47,6 +47,7 @@ class QuantizedScoreNet(ScoreModel):
     Raises `ValueError` for levels outside 2 to 65536, an empty value_range, or a network output of another shape.
     """
 
+    levels: int
     flow_scales = (0.001, 0.05)  # the edges of the intervals are felt down to very little noise
 
     def __init__(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -184,9 +184,10 @@ def _attempt(
     error = step * _weighted(tableau.e, slopes)
     ratio = _rms(error / (atol + rtol * torch.maximum(b.y.abs(), y.abs())))
     q = b.q
-    if rates[0] is not None:
-        q = b.q + h[:, None] * _weighted(tableau.a[-1], rates)
-        ratio = torch.maximum(ratio, (h * _weighted(tableau.e, rates).mean(1)).abs() / q_tol)
+    if b.dq is not None:
+        known = cast("list[Tensor]", rates)  # a right-hand side gives them always or never
+        q = b.q + h[:, None] * _weighted(tableau.a[-1], known)
+        ratio = torch.maximum(ratio, (h * _weighted(tableau.e, known).mean(1)).abs() / q_tol)
     b.broken = ~torch.isfinite(ratio)
     ratio = torch.where(b.broken, torch.inf, ratio)
     accept = (ratio <= 1) & (b.status == OK)
@@ -198,16 +199,16 @@ def _attempt(
     b.t = torch.where(accept, torch.where(last, t1, b.t + h), b.t)
     b.y = torch.where(wide, y, b.y)
     b.dy = torch.where(wide, slopes[-1], b.dy)
-    if rates[0] is not None:
+    if b.dq is not None:
         b.q = torch.where(accept[:, None], q, b.q)
-        b.dq = torch.where(accept[:, None], rates[-1], b.dq)
+        b.dq = torch.where(accept[:, None], cast("Tensor", rates[-1]), b.dq)
     b.previous = torch.where(accept, ratio.clamp_min(1e-4), b.previous)
     b.h = torch.where(left > 0, h.abs() * grow, b.h)
 
 
 def _weighted(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
-    total = None
+    total: Tensor | None = None
     for w, term in zip(weights, terms, strict=False):
         if w:
             total = term * w if total is None else torch.add(total, term, alpha=w)
-    return total
+    return cast("Tensor", total)  # no row of a tableau is all zeros

@@ -226,12 +226,13 @@ class _Motion:
             w = self.path.increment(start, end)
             return (w, None) if return_A else w
         points = [start + (end - start) * k / PIECES for k in range(PIECES)] + [end]
-        w, u = 0.0, 0.0
+        total: Tensor | float = 0.0
+        u: Tensor | float = 0.0
         for p, q in pairwise(points):
             step = self.path.increment(p, q)
-            u = u + (w + 0.5 * step)
-            w = w + step
-        return w, u * (abs(end - start) / PIECES)
+            u = u + (total + 0.5 * step)
+            total = total + step
+        return total, u * (abs(end - start) / PIECES)
 
 
 # -- the probability flow --------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class _FlowBackend(Sampler[tuple[()]]):
     stochastic = False
     adaptive = True
     default_steps = 1
-    nfe_per_step = None
+    nfe_per_step: int | None = None
     denoise_final = False
     grid = staticmethod(whole_path)
     nfe = 0

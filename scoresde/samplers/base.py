@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Sampler(ABC, Generic[Row]):
     convergence_order: int | None = None
     saved_at_zero: int = 0
     solve_options: dict[str, Any] | None = None
+    nfe: float  # of the last solve, where a sampler counts
 
     def times(
         self,
@@ -199,7 +200,8 @@ def affine_at(model: ScoreModel | PreparedModel, t: float) -> tuple[float, float
     """(a, b, c, e) at one time as numbers: looked up in a prepared model, computed for another."""
     if isinstance(model, PreparedModel):
         return model.at(t)[:4]
-    return tuple(float(v) for v in model.affine(torch.tensor(t, dtype=torch.float64)))
+    a, b, c, e = (float(v) for v in model.affine(torch.tensor(t, dtype=torch.float64)))
+    return a, b, c, e
 
 
 def add_times(model: ScoreModel | PreparedModel, times: Tensor) -> None:
@@ -245,19 +247,19 @@ def run(
     the loop, so that no step waits for the host.
     """
     steps = times.numel() - 1
-    model = model.prepare(x, times, compile=compile)
+    model = cast("ScoreModel", model.prepare(x, times, compile=compile))  # which stands for the model
     state = sampler.start(model, times)
     points = times.tolist()
     watch = _Watch(x.device)
-    follows = isinstance(noise, PathNoise)
+    path = noise if isinstance(noise, PathNoise) else None
     final = int(sampler.denoise_final if denoise_final is None else denoise_final)
     if trajectory is not None:
         trajectory(points[0], x)
     with bar(steps + final, "sampling", "step", progress) as ticks:
         for i in range(steps + final):
             if i < steps:
-                if follows:
-                    noise.advance(points[i], points[i + 1])
+                if path is not None:
+                    path.advance(points[i], points[i + 1])
                 x = _same(sampler.step(model, x, points[i], points[i + 1], state, noise, cond), x, sampler)
             else:
                 x = model.denoise(x, points[-1], cond)

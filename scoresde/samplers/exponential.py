@@ -82,7 +82,7 @@ class Tau:
     def slope(self, log_r: Array) -> Array:
         """d log(phi / r) / d log r."""
         r = np.exp(log_r)
-        return self.tau**2 * ((r > self.low) & (r < self.high))
+        return self.tau**2 * ((r > self.low) & (r < self.high)).astype(np.float64)
 
 
 class ErSde:
@@ -108,12 +108,20 @@ class Prediction(ABC):
     out (`mean_part`, `centre`); noise and data do not.
     """
 
-    noisy = False
-    centred = False
+    noisy: bool = False
+    centred: ClassVar[bool] = False
 
     @abstractmethod
     def combination(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
         """(p, q) with m = p x + q F, from the model's (a, b, c, e) at the same times."""
+
+    def mean_part(self, at: Points) -> Array:
+        """What one unit of the data's mean adds to m, of a centred prediction."""
+        raise NotImplementedError
+
+    def centre(self, affine: Sequence[Array], at: Points) -> tuple[Array, Array]:
+        """(a, b) with a x + b F the data's mean, of a centred prediction."""
+        raise NotImplementedError
 
     @abstractmethod
     def ends(self, t: Points, s: Points) -> tuple[Array, Array, Array, Array]:

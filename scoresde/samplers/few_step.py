@@ -25,7 +25,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ class FewStep(HistorySampler):
         if event_shape is None and mean is not None:
             event_shape = tuple(mean.shape)
         self.event_shape = None if event_shape is None else tuple(event_shape)
-        if mean is not None:
+        if mean is not None and self.event_shape is not None:
             checks.same_shape(mean, self.event_shape, "the mean of a sampler (one example)")
         self.model_sha256 = model_sha256
         if scheme is not None:
@@ -284,7 +284,7 @@ class FewStep(HistorySampler):
         points = Points.of(model.sde, times)
         _, size = rotation(points.alpha, points.sigma, angle.c)
         first = times.numel() - 1 - n  # the step that evaluates first for the scheme, after a free move or at once
-        at = points[first:-1]
+        at = cast("Points", points[first:-1])
         p, q = angle.combination(affine_arrays(model, times[first:-1]), at)
         keep = size[1:] / size[:-1]
         keep[first:] *= 1 + scheme.gain
@@ -303,7 +303,7 @@ class FewStep(HistorySampler):
         columns = p.tolist(), q.tolist(), keep[first:], newest_first, [0.0] * n, [()] * n, shift[first:]
         rows += [MultistepRow(*row) for row in zip(*columns, strict=True)]
         if finds:
-            a, b = angle.centre(affine_arrays(model, times[:1]), points[:1])
+            a, b = angle.centre(affine_arrays(model, times[:1]), cast("Points", points[:1]))
             rows[0] = rows[0]._replace(centre=(float(a[0]), float(b[0])))
         return rows
 
@@ -337,6 +337,7 @@ class FewStep(HistorySampler):
         scheme = Scheme(*(tensors[name].double().cpu().numpy() for name in ("r", "gain", "weights")))
         report = header["report"]
         if report is not None:
-            report = Report(**{k: tuple(v) if isinstance(v, list) else v for k, v in report.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in report.items()}
+            report = Report(**values)
         shape, sha256 = header.get("event_shape"), header.get("model_sha256")  # files of old have neither
         return cls(scheme, header["c"], tensors.get("mean"), report, shape, sha256)

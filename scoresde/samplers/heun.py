@@ -54,14 +54,19 @@ class Heun(Sampler[HeunRow]):
     grid = staticmethod(karras)
 
     def coefficients(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        alpha_t, alpha_s, sigma_t, sigma_s = sde.alpha(t), sde.alpha(s), sde.sigma(t), sde.sigma(s)
-        keep = alpha_s / alpha_t
-        return keep, sigma_s - keep * sigma_t, sigma_s
+        return _coefficients(sde, t, s)
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
         return _heun(model, x, t, s, *self.row(model, state, t, s), cond)
+
+
+def _coefficients(sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns of `HeunRow`."""
+    alpha_t, alpha_s, sigma_t, sigma_s = sde.alpha(t), sde.alpha(s), sde.sigma(t), sde.sigma(s)
+    keep = alpha_s / alpha_t
+    return keep, sigma_s - keep * sigma_t, sigma_s
 
 
 def _heun(
@@ -140,12 +145,12 @@ class StochasticHeun(Sampler[ChurnedRow]):
         lift = sde.alpha(up) / sde.alpha(t)
         noise = self.s_noise * (sde.sigma(up) ** 2 - (lift * sde.sigma(t)) ** 2).clamp_min(0).sqrt()
         noise = torch.where(churned, noise, torch.zeros_like(noise))
-        return up, lift, noise, *Heun.coefficients(self, sde, up, s)
+        return up, lift, noise, *_coefficients(sde, up, s)
 
     def step(
         self, model: ScoreModel, x: Tensor, t: float, s: float, state: State, noise: RandomSource, cond: Any = None
     ) -> Tensor:
-        up, lift, spread, *heun = self.row(model, state, t, s)
+        up, lift, spread, keep, gain, sigma = self.row(model, state, t, s)
         if spread:
             x = torch.mul(x, lift).add_(noise.normal(x.shape, x.dtype), alpha=spread)
-        return _heun(model, x, up, s, *heun, cond)
+        return _heun(model, x, up, s, keep, gain, sigma, cond)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class History:
         """x + shift mu; x itself for no shift."""
         if not shift:
             return x
-        self.centre = self.centre.to(x)
+        self.centre = cast("Tensor", self.centre).to(x)  # rows with a shift have one
         return torch.add(x, self.centre, alpha=shift)
 
 
@@ -120,7 +120,7 @@ class HistorySampler(Sampler[MultistepRow]):
                     "there with start(model, times)."
                 )
         if row.corrector:
-            x = history.shifted(history.base, row.corrector_shift)
+            x = history.shifted(cast("Tensor", history.base), row.corrector_shift)
             for w, m in zip(row.corrector, predictions, strict=False):
                 x = torch.add(x, m, alpha=w)
         base = torch.mul(x, row.keep)
@@ -205,7 +205,7 @@ class Multistep(HistorySampler):
             for first, last in itertools.pairwise(bounds):
                 rows += self._group(model.sde, prediction, points, pairs, first, last)
         if prediction.centred and model.data_mean is None:
-            a, b = prediction.centre(affine_arrays(model, times[:1]), points[:1])
+            a, b = prediction.centre(affine_arrays(model, times[:1]), cast("Points", points[:1]))
             rows[0] = rows[0]._replace(centre=(float(a[0]), float(b[0])))
         return rows
 
@@ -215,7 +215,7 @@ class Multistep(HistorySampler):
         """Rows of the steps first..last-1, all with the number of nodes that step `first` has."""
 
         def back(k: int) -> Points:
-            return points[first - k : last - k]
+            return cast("Points", points[first - k : last - k])
 
         t, s = back(0), back(-1)
         count = min(first + 1, self.order)

@@ -57,7 +57,7 @@ class ProbabilityFlow(Sampler):
         return super().start(model, times)
 
     @property
-    def solve_options(self) -> dict[str, Any]:
+    def solve_options(self) -> dict[str, Any]:  # type: ignore[override]  # never set: it follows rtol and the others
         return dict(rtol=self.rtol, atol=self.atol, method=self.method, max_nfe=self.max_nfe)
 
     def step(

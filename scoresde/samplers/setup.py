@@ -52,10 +52,11 @@ def time_grid(
             raise TypeError(f"t_max must be a time between t_min and {model.sde.t_max:g}, got {t_max!r}.")
         t_max = float(t_max)
     unset = steps is None
-    steps = sampler.default_steps if unset else checks.positive_int(steps, "steps")
+    steps = sampler.default_steps if steps is None else checks.positive_int(steps, "steps")
     if grid is not None and not callable(grid):
-        grid, whole = given(grid), len(grid) - 1
-        steps = whole if unset else steps
+        function = given(grid)
+        steps = len(grid) - 1 if unset else steps
+        grid = function
     if steps > MAX_STEPS:
         raise ValueError(f"steps must be at most {MAX_STEPS}, got {steps}.")
     if grid is None:

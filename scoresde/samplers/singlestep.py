@@ -85,7 +85,7 @@ class Singlestep(Sampler[SinglestepRow]):
             weights = step_weights(prediction, sde, at[0], target, [at[j] for j in nodes])
             pair = prediction.combination(affine_arrays(model, torch.from_numpy(here.t)), here)
             rows = np.stack([here.t, *pair, prediction.ends(at[0], target)[0], *weights], 1).tolist()
-            columns.append([Stage(*r[:4], tuple(zip(nodes, r[4:], strict=True))) for r in rows])
+            columns.append([Stage(time, p, q, a, tuple(zip(nodes, w, strict=True))) for time, p, q, a, *w in rows])
         steps = list(zip(*columns, strict=True))
         keep, gain, total, _ = prediction.ends(at[0], last)
         for i in np.flatnonzero(last.sigma == 0):

@@ -72,11 +72,11 @@ class SDE(ABC):
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
         """d alpha / dt."""
-        return derivative(self.alpha, t)
+        return derivative(self.alpha, as_tensor(t))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         """d sigma / dt."""
-        return derivative(self.sigma, t)
+        return derivative(self.sigma, as_tensor(t))
 
     def half_variance_rate(self, t: Tensor | float) -> Tensor:
         """sigma d sigma / dt, which stays finite where sigma = 0."""
@@ -110,7 +110,7 @@ class SDE(ABC):
 
         Values beyond the schedule's own give the nearest end here; the closed forms of subclasses continue past it.
         """
-        target = log_snr
+        target = as_tensor(log_snr)
         return bisect(lambda t: -self.log_snr(t), -target).to(target.dtype)
 
     def perturb(self, x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def _schedule(function: Callable[..., Any], check: Callable[[Any], None]) -> Cal
             checks.same_shape(value, t.shape, f"{type(self).__name__}.{function.__name__}(t)")
         return value.expand(t.shape)
 
-    wrapped.is_schedule = True
+    vars(wrapped)["is_schedule"] = True
     return wrapped
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.numerics import bisect
-from scoresde.sde.base import SDE, check_t_min, safe_log
+from scoresde.sde.base import SDE, as_tensor, check_t_min, safe_log
 
 
 class BetaSDE(SDE):
@@ -27,13 +27,13 @@ class BetaSDE(SDE):
         raise NotImplementedError
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.exp(-0.5 * self._integral(t))
+        return torch.exp(-0.5 * self._integral(as_tensor(t)))
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
         return self.drift_scale(t) * self.alpha(t)
 
     def drift_scale(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self._beta(t)
+        return -0.5 * self._beta(as_tensor(t))
 
     @property
     def prior_std(self) -> float:
@@ -44,25 +44,26 @@ class VariancePreserving(BetaSDE):
     """sigma^2 = 1 - alpha^2 and g = sqrt(beta)."""
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return torch.sqrt(-torch.expm1(-self._integral(t)))
+        return torch.sqrt(-torch.expm1(-self._integral(as_tensor(t))))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
+        return 0.5 * self._beta(as_tensor(t)) * self.alpha(t) ** 2 / self.sigma(t)
 
     def half_variance_rate(self, t: Tensor | float) -> Tensor:
-        return 0.5 * self._beta(t) * self.alpha(t) ** 2
+        return 0.5 * self._beta(as_tensor(t)) * self.alpha(t) ** 2
 
     def diffusion(self, t: Tensor | float) -> Tensor:
-        return self._beta(t).sqrt()
+        return self._beta(as_tensor(t)).sqrt()
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        b = self._integral(t)
+        b = self._integral(as_tensor(t))
         return -b - safe_log(-torch.expm1(-b))
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        wide = -log_snr.double()  # softplus written out: torch's own returns its argument above 20
+        target = as_tensor(log_snr)
+        wide = -target.double()  # softplus written out: torch's own returns its argument above 20
         b = wide.clamp_min(0) + torch.log1p(torch.exp(-wide.abs()))
-        return self._integral_inverse(b).to(log_snr.dtype)
+        return self._integral_inverse(b).to(target.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -112,13 +113,14 @@ class DiscreteVPSDE(VariancePreserving):
     def _knots(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """B at the steps and its slope per step, (N,) each, float64; copied to each device once."""
         if device not in self._copies:
-            self._copies[device] = tuple(v.to(device) for v in self._copies[torch.device("cpu")])
+            b, slope = self._copies[torch.device("cpu")]
+            self._copies[device] = b.to(device), slope.to(device)
         return self._copies[device]
 
     @functools.cached_property
     def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         b = -np.cumsum(np.log1p(-np.array(self.betas)))
-        slope = np.gradient(b, edge_order=min(2, len(b) - 1))
+        slope = np.gradient(b, edge_order=2 if len(b) > 2 else 1)
         step = np.diff(b)
         slope[1:-1] = np.minimum(slope[1:-1], 3 * np.minimum(step[1:], step[:-1]))
         slope[0], slope[-1] = np.clip(slope[0], 0, 3 * step[0]), np.clip(slope[-1], 0, 3 * step[-1])

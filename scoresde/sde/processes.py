@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks
-from scoresde.sde.base import SDE, check_t_min, safe_log
+from scoresde.sde.base import SDE, as_tensor, check_t_min, safe_log
 from scoresde.sde.beta import BetaSDE, VariancePreserving
 
 
@@ -46,34 +46,35 @@ class SubVPSDE(_LinearBeta):
     """Sub-variance-preserving (Song et al. 2021, equations 12 and 29): sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2B))."""
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return -torch.expm1(-self._integral(t))
+        return -torch.expm1(-self._integral(as_tensor(t)))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        return self._beta(t) * self.alpha(t) ** 2
+        return self._beta(as_tensor(t)) * self.alpha(t) ** 2
 
     def diffusion(self, t: Tensor | float) -> Tensor:
-        return torch.sqrt(-self._beta(t) * torch.expm1(-2 * self._integral(t)))
+        return torch.sqrt(-self._beta(as_tensor(t)) * torch.expm1(-2 * self._integral(as_tensor(t))))
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        b = self._integral(t)
+        b = self._integral(as_tensor(t))
         return -b - 2 * safe_log(-torch.expm1(-b))
 
     def time(self, log_snr: Tensor | float) -> Tensor:
         # r = alpha / (1 - alpha^2) solved for alpha, in the form that is exact on either side of r = 1
-        r = torch.exp(0.5 * log_snr.double())
+        target = as_tensor(log_snr)
+        r = torch.exp(0.5 * target.double())
         sigma = 2 / (1 + torch.sqrt(1 + 4 * r * r))
         b = torch.where(r < 1, -2 * safe_log(r * sigma), -torch.log1p(-sigma.clamp_max(0.9)))
-        return self._integral_inverse(b).to(log_snr.dtype)
+        return self._integral_inverse(b).to(target.dtype)
 
 
 class _VarianceExploding(SDE):
     """alpha = 1: the noise is added to data that keep their scale."""
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(t)
+        return torch.ones_like(as_tensor(t))
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(t)
+        return torch.zeros_like(as_tensor(t))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class VESDE(_VarianceExploding):
         return math.log(self.sigma_max / self.sigma_min)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return self.sigma_min * torch.exp(t * self._log_ratio)
+        return self.sigma_min * torch.exp(as_tensor(t) * self._log_ratio)
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         return self.sigma(t) * self._log_ratio
@@ -102,7 +103,7 @@ class VESDE(_VarianceExploding):
         return self.sigma(t) * math.sqrt(2 * self._log_ratio)
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        return (-0.5 * log_snr - math.log(self.sigma_min)) / self._log_ratio
+        return (-0.5 * as_tensor(log_snr) - math.log(self.sigma_min)) / self._log_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +129,15 @@ class EDMSDE(_VarianceExploding):
 
     def sigma(self, t: Tensor | float) -> Tensor:
         low, high = self._ends
-        return (low + t * (high - low)) ** self.rho
+        return (low + as_tensor(t) * (high - low)) ** self.rho
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
         low, high = self._ends
-        return self.rho * (high - low) * (low + t * (high - low)) ** (self.rho - 1)
+        return self.rho * (high - low) * (low + as_tensor(t) * (high - low)) ** (self.rho - 1)
 
     def time(self, log_snr: Tensor | float) -> Tensor:
         low, high = self._ends
-        return (torch.exp(-0.5 * log_snr / self.rho) - low) / (high - low)
+        return (torch.exp(-0.5 * as_tensor(log_snr) / self.rho) - low) / (high - low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ class CosineSDE(SDE):
 
     def _theta(self, t: Tensor | float) -> tuple[Tensor, float]:
         low, high = self._ends
-        return low + t * (high - low), high - low
+        return low + as_tensor(t) * (high - low), high - low
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.cos(self._theta(t)[0])
@@ -186,7 +187,8 @@ class CosineSDE(SDE):
 
     def time(self, log_snr: Tensor | float) -> Tensor:
         low, high = self._ends
-        return ((torch.atan(torch.exp(-0.5 * log_snr.double())) - low) / (high - low)).to(log_snr.dtype)
+        target = as_tensor(log_snr)
+        return ((torch.atan(torch.exp(-0.5 * target.double())) - low) / (high - low)).to(target.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +208,16 @@ class RectifiedFlow(SDE):
             raise ValueError(f"t_max must lie in (t_min, 1], got t_min={self.t_min}, t_max={self.t_max}.")
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return 1 - t
+        return 1 - as_tensor(t)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return t
+        return as_tensor(t)
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        return -torch.ones_like(t)
+        return -torch.ones_like(as_tensor(t))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(t)
+        return torch.ones_like(as_tensor(t))
 
     def time(self, log_snr: Tensor | float) -> Tensor:
-        return torch.sigmoid(-0.5 * log_snr)
+        return torch.sigmoid(-0.5 * as_tensor(log_snr))
