@@ -43,6 +43,7 @@ from scoresde.samplers.multistep import History, HistorySampler, Multistep, Mult
 
 QUADRATURE = 16  # points of the quadrature in each panel
 PANEL = 2.0  # longest panel of the quadrature, in units of log r
+EXACT = 0.05  # `flow_mismatch` below which a model's denoiser is taken for exact
 REACH = 0.7  # the R of tau over the spread of the data
 
 
@@ -150,7 +151,7 @@ class FewStep(HistorySampler):
     $$x_s = A\,x_t + \sum_j w_j\,v_j + a\,\mu, \qquad v_j = \cos\theta_j\,\hat\epsilon_j - \sin\theta_j\,D_j/c,$$
 
     the step of the module's docstring in terms of x, with the data's mean mu; the first interval of the grid is the free move,
-    x_s = A x_t + a mu. mu is `mean`, or the model's `data_mean`; for a model that does not know it, the first of the evaluations
+    x_s = A x_t + a mu. mu is `mean`, or the `data_mean` of an exact model; for any other the first of the evaluations
     is spent at the start to find it.
 
     `steps` is the number of network evaluations, exactly. Deterministic, and ends at t_min without a final denoiser.
@@ -215,8 +216,13 @@ class FewStep(HistorySampler):
         return model.sigma_data if self.c is None else self.c
 
     def mean_of(self, model: ScoreModel) -> Tensor | None:
-        """The mean of the data where it is known beforehand."""
-        return model.data_mean if self.mean is None else self.mean
+        """The mean of the data where it is known beforehand: the sampler's own, or that of an exact model.
+
+        A network's flow has a mean of its own, which its denoiser at the start tells; the data's would be another.
+        """
+        if self.mean is None and model.flow_mismatch < EXACT:
+            return model.data_mean
+        return self.mean
 
     def times(
         self,

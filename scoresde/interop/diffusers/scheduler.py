@@ -131,7 +131,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Lay out the grid of so many steps, and one more evaluation where the method ends with the denoiser."""
-        shape = self.config.event_shape
+        shape = self.config["event_shape"]
         grid = karras if shape is None and takes_spread(self.sampler.grid) else None
         self._times = time_grid(self.sampler, self.model, num_inference_steps, grid, event_shape=shape)
         asked = self._times if self.sampler.denoise_final else self._times[:-1]
