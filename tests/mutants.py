@@ -372,8 +372,24 @@ MUTANTS = [
         "test_orders.py::test_order",
         ("predictions.insert(0, combine(", "predictions.insert(1, combine("),
         ("x.add_(predictions[j], alpha=w)", "x.add_(predictions[j - 1], alpha=w)"),
-        ("history.shifted(history.base, row", "history.shifted(1.01 * history.base, row"),
+        ('cast("Tensor", history.base), row', '1.01 * cast("Tensor", history.base), row'),
         ("return 2 if step == 1 and self.order >= 3 else 0", "return 0"),
+    ),
+    *of(
+        "samplers/multistep.py",
+        "test_invariance.py::test_the_mean_of_the_data[adams-angle-VP-unknown]",
+        ("shift = s.alpha - keep * t.alpha + sum(", "shift = s.alpha - keep * t.alpha - sum("),
+        ("corrector_shift = t.alpha - before + sum(", "corrector_shift = t.alpha - sum("),
+    ),
+    *of(
+        "samplers/few_step.py",
+        "test_invariance.py::test_the_mean_of_the_data[auto-VP-unknown]",
+        ("shift[first:] += weights @ angle.mean_part(at)", "shift[first:] -= weights @ angle.mean_part(at)"),
+    ),
+    *of(
+        "grids.py",
+        "test_grids.py::test_the_spread_of_data",
+        ("sigma_data * math.sqrt(math.prod(event_shape))", "sigma_data * math.prod(event_shape)"),
     ),
     *of(
         "samplers/exponential.py",

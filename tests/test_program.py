@@ -219,7 +219,7 @@ def test_a_full_disk_in_sample_convert_and_bpd(model_path, tmp_path):
     assert "model.safetensors" in line
     assert list((tmp_path / "c").iterdir()) == []
     bpd = ["bpd", model_path, "--limit", 2, "--probes", 1, "--rtol", 0.1, "--out", tmp_path / "b"]
-    line = ended(start(bpd, file_limit=1000), 2)
+    line = ended(start(bpd, file_limit=600), 2)
     assert "00000000.safetensors" in line
     assert files_of(tmp_path / "b") == ["settings.json"]
     assert start(bpd).wait(timeout=100) == 0  # and the same command goes on
