@@ -425,7 +425,7 @@ def test_nothing_to_gain():
 def test_tuning_on_other_processes(sde, flows):
     """VE and EDM, whose states are large at the start."""
     model, x, exact = flows[type(sde).__name__]
-    sampler = tune(model, 5, **QUICK)
+    sampler = tune(model, 5, **(QUICK | dict(iterations=10)))
     assert distances(model, x, exact, sampler).mean() < distances(model, x, exact, "auto", steps=5).mean() / 2
 
 
