@@ -205,11 +205,13 @@ def few_evaluations() -> str:
     seconds = [s["nfe"][n]["ours"]["tuned"]["seconds"] for s in sdes.values() for n in budgets]
     caption = f"""Exact mixtures in float64 ({", ".join(sdes["VP"]["problems"])}), the same starts for all: root
         mean square per dimension / median over starts of the distance to the exact end of the probability flow,
-        geometric mean over the problems, by the number of network evaluations. Other methods stand at the best of
-        three grids in every cell, and so do the two libraries, of whose {peers["VP"]} configurations
+        geometric mean over the problems, by the number of network evaluations. Our other methods stand at the best of
+        their default and three published grids in every cell (`unipc2` and `deis` of the three alone), the two libraries of
+        the three, of whose {peers["VP"]} configurations
         ({min(peers.values())} outside VP) the best is chosen anew for each measure. Up to {sdes["VP"]["starts"]} starts,
         {sdes["VP"]["seeds"]} seeds under VP and {sdes["VE"]["seeds"]} elsewhere; `tune` learned on other starts of
-        the same model, {min(seconds):.0f} to {max(seconds):.0f} seconds a problem. {versions(found["versions"])}."""
+        the same model, {min(seconds):.0f} to {max(seconds):.0f} seconds a problem, from the rule before its nodes followed the
+        spread of the data. {versions(found["versions"])}."""
     return section("python benchmarks/samplers.py", caption, table(("process", "method", *budgets), rows))
 
 
@@ -227,6 +229,7 @@ def few_evaluations_digits() -> str:
     rows = [["`tune`" if m == "tuned" else f"`{m}`", *(cell(e[m]) for e in digits["nfe"].values())] for m in methods]
     caption = f"""A network trained on digits (`--preset digits`, 64 dimensions, `{digits["sde"]}`), float32,
         {digits["starts"]} starts, root mean square per dimension / median; each method at its best grid.
+        `auto` and `tune` are of the rule before its nodes followed the spread of the data.
         {versions({"torch": found["versions"]["torch"]})}."""
     return section(
         "python benchmarks/samplers.py --digits runs/digits/model", caption, table(("method", *digits["nfe"]), rows)

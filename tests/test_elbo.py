@@ -98,7 +98,7 @@ def test_the_control_variates_are_unbiased_and_help(name, request, monkeypatch):
     (a, va), (b, vb) = ((v.mean(), v.var(0).mean()) for v in (with_them, without))
     z = (a - b) / torch.sqrt(va / with_them.numel() + vb / without.numel())
     assert abs(float(z)) < 4
-    assert float(vb / va) > 2.5
+    assert float(vb / va) > (3 if name == "full3" else 2.5)
     # and against the truth, which is known
     per_run = (with_them - mixture.log_prob(x)).mean(1)
     assert abs(float(per_run.mean() / (per_run.std() / math.sqrt(40)))) < 4

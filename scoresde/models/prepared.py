@@ -95,9 +95,8 @@ class PreparedModel:
         result = network_result(out, x)
         if result is not out:
             return result
-        if (
-            out.is_inference() or out._version
-        ):  # a buffer that was written to, or the end of a plain network: a copy is cheap
+        # a buffer that was written to, or the end of a plain network: a copy is cheap
+        if out.is_inference() or out._version:
             return out.clone()
         if self.reuses is None:
             if self.first is None:

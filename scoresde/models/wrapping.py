@@ -34,10 +34,8 @@ class WrappedModel(ScoreModel):
         return super().__getattribute__(name)
 
 
-_SAID, _DECLARED = (
-    vars(ScoreModel),
-    frozenset(ScoreModel.__annotations__),
-)  # the first follows what is added to the class
+_SAID = vars(ScoreModel)  # which follows what is added to the class
+_DECLARED = frozenset(ScoreModel.__annotations__)
 
 
 def _delegated(wrapper: WrappedModel, name: str) -> Any:

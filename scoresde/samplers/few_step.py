@@ -205,12 +205,10 @@ class FewStep(HistorySampler):
         r_max, r_min = torch.exp(-0.5 * model.sde.log_snr(ends)).tolist()
         c = self.scale(model)
         reach = REACH * data_spread(model, event_shape) * c / model.sigma_data
-        scheme = untuned(r_max, max(r_min, 1e-8 * r_max), c, reach, steps)
-        if self.mean_of(model) is None and scheme.r[0] < r_max * (
-            1 - 1e-12
-        ):  # else its first evaluation stands at the start
-            return untuned(r_max, max(r_min, 1e-8 * r_max), c, reach, steps - 1)
-        return scheme
+        between = r_max, max(r_min, 1e-8 * r_max), c, reach
+        scheme = untuned(*between, steps)
+        at_start = bool(scheme.r[0] >= r_max * (1 - 1e-12))  # the scheme's own first evaluation finds the mean as well
+        return scheme if at_start or self.mean_of(model) is not None else untuned(*between, steps - 1)
 
     def scale(self, model: ScoreModel) -> float:
         return model.sigma_data if self.c is None else self.c
