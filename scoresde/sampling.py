@@ -51,8 +51,8 @@ def sample(
         progress: show a progress bar (none with return_log_prob).
         return_log_prob: also return log densities of the samples in nats, (B,), for "ode" (`sample_with_log_prob` says more).
         grid: a function of `scoresde.grids`, or decreasing times, in place of the method's own.
-        t_max: start at this time in place of the process' own, from N(0, alpha^2 sigma_data^2 + sigma^2), the marginal
-            there of Gaussian data (for a sigma_max: t_max = float(sde.time(-2 * math.log(sigma_max)))).
+        t_max: start at this time in place of the process' own, from N(alpha data_mean, alpha^2 sigma_data^2 + sigma^2), the
+            marginal there of Gaussian data (for a sigma_max: t_max = float(sde.time(-2 * math.log(sigma_max)))).
         brownian: take the noise of a stochastic method's steps from one Brownian path in t (`samplers.BrownianPath`), so that
             runs with one seed and more and more steps follow the same path.
         trajectory: called with (t, x) at every time of the grid, for example a `samplers.Trajectory()`.

@@ -43,8 +43,10 @@ def test_an_earlier_start_and_a_given_one(model):
     """From t_max the density is the Gaussian's there; from x_init at the prior's end the model's own."""
     x, result = sample_with_log_prob(model, (4, 3), seed=0, t_max=0.5, rtol=1e-6, atol=1e-6)
     std = math.hypot(float(model.sde.alpha(0.5)) * model.sigma_data, float(model.sde.sigma(0.5)))
-    torch.testing.assert_close(result.latent, std * RandomSource(0, "cpu", 4).normal((4, 3), torch.float32))
-    z = result.latent.double() / std
+    mean = float(model.sde.alpha(0.5)) * model.data_mean
+    drawn = std * RandomSource(0, "cpu", 4).normal((4, 3), torch.float32)
+    torch.testing.assert_close(result.latent, drawn + mean.float())
+    z = (result.latent.double() - mean) / std
     start = -0.5 * (z**2).sum(1) - 3 * (0.5 * math.log(2 * math.pi) + math.log(std))
     back = log_prob(model, x, rtol=1e-7, atol=1e-7, seed=0).value
     ahead = model.log_prob(result.latent.double(), 0.5)

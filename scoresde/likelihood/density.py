@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde import checks, conditions, ode
+from scoresde.flow import AnglePath
 from scoresde.grids import Grid
 from scoresde.likelihood.decoupled.quadrature import LikelihoodPlan
 from scoresde.likelihood.decoupled.refinement import (
@@ -281,7 +282,7 @@ def sample_with_log_prob(
     shape = batch_shape(shape)
     model.check_event(shape[1:])
     conditions.check(cond, shape[0])
-    times = time_grid(ProbabilityFlow(rtol, atol, method, max_nfe), model, steps, grid, t_max)
+    times = time_grid(ProbabilityFlow(rtol, atol, method, max_nfe), model, steps, grid, t_max, shape[1:])
     start, end = float(times[0]), float(times[-1])
     if end != model.sde.t_min:
         raise ValueError(
@@ -316,12 +317,13 @@ def _carried(
     trajectory: Callable[[float, Tensor], None] | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, LogProb]:
-    """z (B, *) from times[0] to times[-1] with its log density, which at times[0] is N(0, std^2 I)'s, or (None) the model's own."""
+    """z (B, *) from times[0] to times[-1] with its log density: at times[0] that of `starting_state`, for std None the model's."""
     probes = divergence.probes(z.shape, z.dtype, RandomSource(seed, z.device, z.shape[0], salt=PROBES))
     if std is None:
         value = model.terminal_log_prob(z)
     else:
-        value = -0.5 * sum_event((z.double() / std) ** 2)
+        u = AnglePath(model.sde, model.sigma_data, model.data_mean).rotated(z.double(), times[0])
+        value = -0.5 * sum_event(u**2)
         value = value - math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(std))
     x = z
     change: Tensor | float = 0.0

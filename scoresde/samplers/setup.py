@@ -150,12 +150,14 @@ def starting_state(
 ) -> tuple[Tensor, float | None]:
     """(x, std): the state at times[0], and the standard deviation of the Gaussian that it was drawn from.
 
-    `x_init` if it is given; else a draw of N(0, std^2 I): from the prior (std None: the model knows its own density there) or, for
-    `t_max`, with the variance alpha^2 sigma_data^2 + sigma^2 that Gaussian data have there. In the model's dtype, or x_init's where
-    that is wider. Raises `ValueError` for a start below the prior with nothing to start from, and for an x_init that does not fit.
+    `x_init` if it is given; else a draw from the prior (std None: the model knows its own density there) or, for `t_max`, from the
+    marginal of Gaussian data, of variance alpha^2 sigma_data^2 + sigma^2 around alpha `data_mean` (0 where that is not known). In
+    the model's dtype, or x_init's where that is wider. Raises `ValueError` for a start below the prior with nothing to start from,
+    and for an x_init that does not fit.
     """
     start, dtype = float(times[0]), dtype_of(model)
-    std = None if t_max is None else float(AnglePath(model.sde, model.sigma_data).scale(start))
+    path = AnglePath(model.sde, model.sigma_data, model.data_mean)
+    std = None if t_max is None else float(path.scale(start))
     if x_init is not None:
         checks.same_shape(checks.batch(x_init, "x_init"), shape, "x_init")
         checks.finite(x_init, "x_init")
@@ -165,4 +167,5 @@ def starting_state(
             f"the grid starts at t = {start:g}, before the prior at t_max = {model.sde.t_max:g}; pass x_init, the state "
             "there, for example sde.perturb(data, t, noise), or t_max to draw it from a Gaussian."
         )
-    return (model.sde.prior_std if std is None else std) * noise.normal(shape, dtype), std
+    z = noise.normal(shape, dtype)
+    return (model.sde.prior_std * z if std is None else path.unrotated(z, start)), std
